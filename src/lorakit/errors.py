@@ -1,0 +1,96 @@
+"""Every error that lorakit raises, in one tree.
+
+    AdapterError
+    ├── ConfigError          a field of a config has a wrong type or value     (ValueError)
+    ├── PlanError            a config does not fit the model                   (ValueError)
+    ├── AdapterNameError     an adapter name is not allowed, taken or unknown  (ValueError)
+    ├── AdapterNotFoundError no adapter at this path or repository             (FileNotFoundError)
+    ├── AdapterFormatError   a file is not what it should be                   (ValueError)
+    ├── KeyMismatchError     keys missing, unexpected or of another shape      (ValueError)
+    ├── NonFiniteError       NaN or infinity where numbers are needed          (ValueError)
+    ├── AdapterStateError    the call does not fit the state of the model      (RuntimeError)
+    └── UnsupportedError     valid, but not something lorakit can do           (NotImplementedError)
+
+A message says where (module path, file, field), what was found, what was expected, and what to do.
+After any of these the model and the files are as they were.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+
+class AdapterError(Exception):
+    """Root of all errors raised by lorakit."""
+
+
+class ConfigError(AdapterError, ValueError):
+    """A field of a config is unknown, of a wrong type, or out of range."""
+
+
+class PlanError(AdapterError, ValueError):
+    """A config does not fit the model; `problems` holds every reason found."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(bullet_list("the adapter does not fit this model", self.problems))
+
+
+class AdapterNameError(AdapterError, ValueError):
+    """An adapter name is not allowed, already taken, or not known."""
+
+
+class AdapterNotFoundError(AdapterError, FileNotFoundError):
+    """There is no adapter at the given path or repository."""
+
+
+class AdapterFormatError(AdapterError, ValueError):
+    """A file is truncated, damaged, or not in the format it should have."""
+
+
+class KeyMismatchError(AdapterError, ValueError):
+    """The tensors of a file are not those that the adapter needs.
+
+    Attributes:
+        missing: keys that the adapter needs and the file does not have.
+        unexpected: keys of the file that the adapter has no place for.
+        mismatched: one line for each tensor whose shape is not the one needed.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        *,
+        missing: Iterable[str] = (),
+        unexpected: Iterable[str] = (),
+        mismatched: Iterable[str] = (),
+        hint: str = "",
+    ) -> None:
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+        self.mismatched = tuple(mismatched)
+        lines = [f"missing: {key}" for key in self.missing]
+        lines += [f"unexpected: {key}" for key in self.unexpected]
+        lines += [f"wrong shape: {line}" for line in self.mismatched]
+        super().__init__(bullet_list(f"{where}: its tensors do not fit the adapter", lines, hint))
+
+
+class NonFiniteError(AdapterError, ValueError):
+    """A tensor holds NaN or infinity, or a merge would produce one."""
+
+
+class AdapterStateError(AdapterError, RuntimeError):
+    """The call does not fit the present state of the model, such as loading into a merged adapter."""
+
+
+class UnsupportedError(AdapterError, NotImplementedError):
+    """The request is valid but lorakit cannot do it; the message says what to do instead."""
+
+
+def bullet_list(head: str, lines: Sequence[str], hint: str = "") -> str:
+    """One message of a head line, one bullet a line, and a closing hint."""
+    body = "".join(f"\n  - {line}" for line in lines)
+    return f"{head}:{body}" + (f"\n{hint}" if hint else "")
