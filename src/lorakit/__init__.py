@@ -1,1 +1,131 @@
-"""lorakit."""
+"""lorakit: LoRA adapters for PyTorch models.
+
+The one public door. What needs torch alone to be described is imported at once; the rest on first use, so that
+`import lorakit` costs little more than `import torch`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorakit.api import get_peft_model, inject_adapter_in_model, plan
+    from lorakit.auto import (
+        AutoPeftModel,
+        AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification,
+    )
+    from lorakit.config import (
+        CordaConfig,
+        EvaConfig,
+        LoftQConfig,
+        LoraConfig,
+        LoraGAConfig,
+        LoraRuntimeConfig,
+        PeftConfig,
+        PeftType,
+        TaskType,
+    )
+    from lorakit.errors import (
+        AdapterError,
+        AdapterFormatError,
+        AdapterNameError,
+        AdapterNotFoundError,
+        AdapterStateError,
+        ConfigError,
+        KeyMismatchError,
+        NonFiniteError,
+        PlanError,
+        UnsupportedError,
+    )
+    from lorakit.layers import LoraLayer, ModulesToSaveWrapper
+    from lorakit.loading import LoadReport
+    from lorakit.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
+    from lorakit.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+    from lorakit.surgery import Plan
+    from lorakit.tasks import (
+        PeftModel,
+        PeftModelForCausalLM,
+        PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification,
+        PeftModelForTokenClassification,
+    )
+    from lorakit.tuner import LoraModel
+    from lorakit.types import AdapterSpec, Factors
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "api": ("get_peft_model", "inject_adapter_in_model", "plan"),
+    "auto": (
+        "AutoPeftModel",
+        "AutoPeftModelForCausalLM",
+        "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering",
+        "AutoPeftModelForSeq2SeqLM",
+        "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification",
+    ),
+    "config": (
+        "CordaConfig",
+        "EvaConfig",
+        "LoftQConfig",
+        "LoraConfig",
+        "LoraGAConfig",
+        "LoraRuntimeConfig",
+        "PeftConfig",
+        "PeftType",
+        "TaskType",
+    ),
+    "errors": (
+        "AdapterError",
+        "AdapterFormatError",
+        "AdapterNameError",
+        "AdapterNotFoundError",
+        "AdapterStateError",
+        "ConfigError",
+        "KeyMismatchError",
+        "NonFiniteError",
+        "PlanError",
+        "UnsupportedError",
+    ),
+    "layers": ("LoraLayer", "ModulesToSaveWrapper"),
+    "loading": ("LoadReport",),
+    "state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
+    "status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
+    "surgery": ("Plan",),
+    "tasks": (
+        "PeftModel",
+        "PeftModelForCausalLM",
+        "PeftModelForFeatureExtraction",
+        "PeftModelForQuestionAnswering",
+        "PeftModelForSeq2SeqLM",
+        "PeftModelForSequenceClassification",
+        "PeftModelForTokenClassification",
+    ),
+    "tuner": ("LoraModel",),
+    "types": ("AdapterSpec", "Factors"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [*sorted(_HOME_OF), "__version__"]  # noqa: PLE0604 - a computed list of strings
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'lorakit' has no attribute {name!r}")
+    value = getattr(import_module(f"lorakit.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})

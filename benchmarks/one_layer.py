@@ -1,0 +1,127 @@
+"""One projection, forward and backward: lorakit's two ops against PEFT's layer and the frozen base.
+
+Run `python -m benchmarks.one_layer` from the root of the repository. The input requires a gradient, the base weight is
+frozen, adapters are float32 with r=16. One thread, CPU time of that thread, the candidates interleaved, medians.
+A first step compares outputs and gradients, and stops if they disagree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from lorakit.ops import Term, lora_add, lora_linear
+from peft.tuners.lora import LoraConfig
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch.nn.functional import linear
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+RANK, ALPHA = 16, 32
+AGREE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}  # relative, Frobenius
+
+
+class Case(NamedTuple):
+    """One row of the table; shape is (in, out)."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    dropout: float
+    tokens: int
+
+
+class Candidates(NamedTuple):
+    """The same layer four times, and its tensors."""
+
+    forwards: dict[str, Callable[[Tensor], Tensor]]
+    parameters: list[Tensor]
+    x: Tensor
+    dy: Tensor
+
+
+def build(case: Case) -> Candidates:
+    torch.manual_seed(0)
+    features, out = case.shape
+    base = torch.nn.Linear(features, out, bias=False, dtype=case.dtype).requires_grad_(False)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=case.dropout)
+    layer = PeftLinear(base, "default", config, RANK, ALPHA)
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    torch.nn.init.normal_(B, std=0.02)
+    terms = [Term(A, B, None, ALPHA / RANK, case.dropout)]
+    forwards = {
+        "frozen": lambda x: linear(x, base.weight),
+        "peft": layer,
+        "lora_add": lambda x: lora_add(linear(x, base.weight), x, terms),
+        "lora_linear": lambda x: lora_linear(x, base.weight, None, terms),
+    }
+    x = torch.randn(case.tokens, features, dtype=case.dtype, requires_grad=True)
+    return Candidates(forwards, [A, B], x, torch.randn(case.tokens, out, dtype=case.dtype))
+
+
+def step(forward: Callable[[Tensor], Tensor], c: Candidates) -> list[Tensor]:
+    y = forward(c.x)
+    y.backward(c.dy)
+    grads = [t.grad for t in (c.x, *c.parameters)]
+    for t in (c.x, *c.parameters):
+        t.grad = None
+    return [y.detach(), *[g for g in grads if g is not None]]
+
+
+def check(case: Case) -> None:
+    """Stop unless all three give PEFT's outputs and gradients without dropout."""
+    c = build(case._replace(dropout=0.0))
+    wanted = step(c.forwards["peft"], c)
+    for name in ("lora_add", "lora_linear"):
+        for label, got, want in zip(("y", "dx", "dA", "dB"), step(c.forwards[name], c), wanted, strict=True):
+            error = float((got.double() - want.double()).norm() / want.double().norm())
+            if not error <= AGREE[case.dtype]:
+                raise SystemExit(f"{case}: {label} of {name} is {error:.1e} from PEFT's")
+
+
+def measure(case: Case, repeats: int) -> dict[str, float]:
+    """Median CPU milliseconds of one forward and backward of each candidate."""
+    c = build(case)
+    for forward in c.forwards.values():
+        step(forward, c)
+    times: dict[str, list[float]] = {name: [] for name in c.forwards}
+    for _ in range(repeats):
+        for name, forward in c.forwards.items():
+            start = time.thread_time()
+            step(forward, c)
+            times[name].append(1e3 * (time.thread_time() - start))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--shapes", default="1024x1024,2816x1024,4096x4096", help="in x out, comma-separated")
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    shapes = [tuple(int(n) for n in shape.split("x")) for shape in args.shapes.split(",")]
+    print(
+        f"{'in x out':>12} {'dtype':>9} {'p':>5} | {'frozen ms':>9} {'PEFT ms':>9} | T1: PEFT/ours ours/frozen | T2: ..."
+    )
+    for dtype in (getattr(torch, name) for name in args.dtypes.split(",")):
+        for features, out in shapes:
+            check(Case((features, out), dtype, 0.0, args.tokens))
+            for dropout in (0.0, 0.05):
+                ms = measure(Case((features, out), dtype, dropout, args.tokens), args.repeats)
+                ratios = "".join(
+                    f" | {ms['peft'] / ms[name]:10.2f} {ms[name] / ms['frozen']:11.2f}"
+                    for name in ("lora_add", "lora_linear")
+                )
+                head = f"{features:>6}x{out:<5} {str(dtype).removeprefix('torch.'):>9} {dropout:5.2f}"
+                print(f"{head} | {ms['frozen']:9.1f} {ms['peft']:9.1f}{ratios}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

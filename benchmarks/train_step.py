@@ -1,0 +1,165 @@
+"""One training step of a small Llama: lorakit against PEFT and against the floor.
+
+The floor is the frozen base without adapters, with gradients to its inputs only. Before timing, both sides get
+the same weights and must agree on loss and gradients. Run: python -m benchmarks.train_step [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from typing import TYPE_CHECKING
+
+import peft
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lorakit
+from benchmarks.timing import Row, interleave, save
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+VOCABULARY, SEQUENCE, BATCH = 2048, 512, 2
+
+
+def base_model(dtype: torch.dtype, layers: int) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config).to(dtype).train()
+
+
+def copy_adapter(source: nn.Module, target: nn.Module) -> None:
+    """Give both sides the same, non-zero adapter."""
+    torch.manual_seed(1)
+    theirs = dict(target.named_parameters())
+    with torch.no_grad():
+        for name, parameter in source.named_parameters():
+            if parameter.requires_grad:
+                if "lora_B" in name:
+                    parameter.normal_(std=0.01)
+                theirs[name].copy_(parameter)
+
+
+def step(model: nn.Module, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Forward and backward; the gradients are dropped as an optimizer's zero_grad would."""
+    embed = model.get_input_embeddings()
+
+    def run() -> torch.Tensor:
+        inputs = embed(ids).detach().requires_grad_()
+        loss = model(inputs_embeds=inputs, labels=ids).loss
+        loss.backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+        return loss.detach()
+
+    return run
+
+
+def saved_bytes(model: nn.Module, ids: torch.Tensor) -> int:
+    """Bytes that autograd keeps for backward, each storage once, without parameters."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(inputs_embeds=inputs, labels=ids).loss
+    del loss
+    return sum(kept.values())
+
+
+def gradients(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
+    model(inputs_embeds=inputs, labels=ids).loss.backward()
+    found = {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
+    for parameter in model.parameters():
+        parameter.grad = None
+    return found
+
+
+def check_agreement(ours: nn.Module, theirs: nn.Module, ids: torch.Tensor, tolerance: float) -> float:
+    """Largest relative difference of a gradient; refuses to time two sides that compute different things."""
+    mine, other = gradients(ours, ids), gradients(theirs, ids)
+    assert mine.keys() == other.keys()
+    worst = max(((mine[name] - other[name]).norm() / other[name].norm()).item() for name in mine)
+    assert worst <= tolerance, f"gradients differ by {worst:.2e}"
+    return worst
+
+
+def compare(name: str, dtype: torch.dtype, dropout: float, *, layers: int, rounds: int, autocast_adapters: bool) -> tuple[Row, dict[str, float]]:
+    frozen = base_model(dtype, layers)
+    frozen.requires_grad_(False)
+    arguments = {"r": 16, "lora_alpha": 32, "lora_dropout": dropout, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    ours = lorakit.get_peft_model(
+        copy.deepcopy(frozen), lorakit.LoraConfig(**arguments), autocast_adapter_dtype=autocast_adapters
+    )
+    theirs = peft.get_peft_model(
+        copy.deepcopy(frozen), peft.LoraConfig(**arguments), autocast_adapter_dtype=autocast_adapters
+    )
+    copy_adapter(ours, theirs)
+    ids = torch.randint(0, VOCABULARY, (BATCH, SEQUENCE), generator=torch.Generator().manual_seed(0))
+    for model in (ours, theirs):
+        model.eval()
+    difference = check_agreement(ours, theirs, ids, 1e-4 if dtype == torch.float32 else 0.05)
+    for model in (ours, theirs):
+        model.train()
+    row = interleave(
+        name,
+        {"lorakit": step(ours, ids), "PEFT": step(theirs, ids), "frozen": step(frozen, ids)},
+        rounds=rounds,
+    )
+    memory = {
+        key: saved_bytes(model, ids) / 2**20 for key, model in (("lorakit", ours), ("PEFT", theirs), ("frozen", frozen))
+    }
+    return row, {**memory, "gradient difference": difference}
+
+
+CASES = [
+    ("fp32, p=0", torch.float32, 0.0, True),
+    ("fp32, p=0.05", torch.float32, 0.05, True),
+    ("bf16 base, fp32 adapters, p=0", torch.bfloat16, 0.0, True),
+    ("bf16 base, fp32 adapters, p=0.05", torch.bfloat16, 0.05, True),
+    ("bf16 base, bf16 adapters, p=0", torch.bfloat16, 0.0, False),
+    ("bf16 base, bf16 adapters, p=0.05", torch.bfloat16, 0.05, False),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="two layers, few rounds")
+    quick = parser.parse_args().quick
+    torch.set_num_threads(1)
+    rows, memory = [], {}
+    print(f"{'training step':<36}{'lorakit ms':>11}{'PEFT/lorakit':>15}{'lorakit/frozen':>16}{'saved MiB: lorakit':>20}{'PEFT':>8}{'frozen':>8}")
+    for name, dtype, dropout, autocast_adapters in CASES:
+        row, saved = compare(
+            name, dtype, dropout, layers=2 if quick else 4, rounds=5 if quick else 15, autocast_adapters=autocast_adapters
+        )
+        rows.append(row)
+        memory[name] = saved
+        print(
+            f"{name:<36}{row.milliseconds['lorakit']:>11.0f}{row.ratio['PEFT']:>9.2f} ±{row.spread['PEFT']:.2f}"
+            f"{1 / row.ratio['frozen']:>14.2f}{saved['lorakit']:>20.0f}{saved['PEFT']:>10.0f}{saved['frozen']:>8.0f}",
+            flush=True,
+        )
+    save("train_step", rows, {"saved_mib": memory})
+
+
+if __name__ == "__main__":
+    main()

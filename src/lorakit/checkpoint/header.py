@@ -1,0 +1,177 @@
+"""The header of a safetensors file, read strictly and written canonically.
+
+Layout: 8 bytes, little-endian, the length of the header; the header, one JSON object of
+`{name: {"dtype", "shape", "data_offsets"}}` and `"__metadata__": {str: str}`; then the data of the tensors.
+
+`parse_header` accepts a file only if the tensors tile the data exactly, from its first byte to its last, and every
+size agrees with its dtype and shape. It looks at the header alone: no tensor is read or allocated.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorakit.config import strict_json
+from lorakit.errors import AdapterFormatError, bullet_list
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+MAX_HEADER = 32 << 20
+MAX_TENSORS = 200_000
+MAX_DIMS = 16
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_ENTRY = {"dtype", "shape", "data_offsets"}
+_SHOWN = 10  # problems listed in one message
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """What a header says of one tensor: its dtype, its shape, and its size in bytes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The tensors of a file in the order of their data, and its metadata."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+
+
+def parse_header(read: Callable[[int], bytes], size: int, where: str) -> Header:
+    """Read and check a header.
+
+    Args:
+        read: gives the next n bytes of the file, fewer only at its end.
+        size: bytes in the whole file.
+        where: the file, for messages.
+
+    Raises:
+        AdapterFormatError: the file is not a whole, well-formed safetensors file of f64, f32, f16 and bf16 tensors.
+    """
+    start = read(min(8, size))
+    if start == b"version ":
+        raise AdapterFormatError(
+            f"{where}: this is a git-lfs pointer, not the weights; run `git lfs pull` there"
+        )
+    if len(start) < 8:
+        raise AdapterFormatError(f"{where}: {size} bytes, empty or cut off; copy or download it again")
+    length = int.from_bytes(start, "little")
+    if length > MAX_HEADER:
+        raise AdapterFormatError(
+            f"{where}: its header claims {length:,} bytes, at most {MAX_HEADER:,} are read; "
+            "not a safetensors file, or damaged"
+        )
+    if length < 2 or length > size - 8:
+        raise AdapterFormatError(
+            f"{where}: its header claims {length:,} bytes and the file has {max(size - 8, 0):,} after the length; "
+            "cut off or not a safetensors file; copy or download it again"
+        )
+    raw = read(length)
+    if len(raw) != length or raw[:1] != b"{":
+        raise AdapterFormatError(
+            f"{where}: its header is not a JSON object; not a safetensors file, or damaged"
+        )
+    if raw.count(b'"data_offsets"') > MAX_TENSORS:
+        raise AdapterFormatError(f"{where}: more than {MAX_TENSORS:,} tensors; an adapter has far fewer")
+    entries = strict_json.loads(raw, where=f"{where}, header", max_bytes=MAX_HEADER, max_depth=8)
+    metadata = _metadata(entries.pop("__metadata__", {}), where)
+    return Header(_tensors(entries, size - 8 - length, where), metadata)
+
+
+def build_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """The length and the header of a file whose data are `tensors`, in this order, one after another.
+
+    Padded with spaces to a multiple of 8, so that the data are aligned.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    begin = 0
+    for name, info in tensors.items():
+        entries[name] = {
+            "dtype": DTYPE_CODES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [begin, begin + info.nbytes],
+        }
+        begin += info.nbytes
+    raw = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def _metadata(found: object, where: str) -> dict[str, str]:
+    if isinstance(found, dict) and all(isinstance(value, str) for value in found.values()):
+        return found
+    raise AdapterFormatError(
+        f"{where}: its __metadata__ is not an object of texts; not a valid safetensors file"
+    )
+
+
+def _tensors(entries: dict[str, Any], size: int, where: str) -> dict[str, TensorInfo]:
+    if len(entries) > MAX_TENSORS:
+        raise AdapterFormatError(f"{where}: more than {MAX_TENSORS:,} tensors; an adapter has far fewer")
+    problems: list[str] = []
+    placed: list[tuple[int, int, str, TensorInfo]] = []
+    for name, entry in entries.items():
+        problem = _problem(entry)
+        if problem:
+            problems.append(f"{name[:200]!r}: {problem}")
+            continue
+        begin, end = entry["data_offsets"]
+        info = TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]), end - begin)
+        placed.append((begin, end, name, info))
+    placed.sort(key=lambda row: row[:3])
+    if not problems:
+        problems = _gaps(placed, size)
+    if problems:
+        shown = problems[:_SHOWN]
+        if len(problems) > _SHOWN:
+            shown.append(f"and {len(problems) - _SHOWN:,} more")
+        hint = "The file is damaged or was not written as an adapter; copy it again or convert it."
+        raise AdapterFormatError(bullet_list(f"{where}: its header is not valid", shown, hint))
+    return {name: info for _, _, name, info in placed}
+
+
+def _problem(entry: object) -> str:
+    """What is wrong with one entry, or an empty text."""
+    if not isinstance(entry, dict) or set(entry) != _ENTRY:
+        return "an entry must have dtype, shape and data_offsets, and nothing else"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        return f"dtype {reprlib.repr(dtype)}, wanted one of {', '.join(DTYPES)}"
+    if not _sizes(shape) or len(shape) > MAX_DIMS:
+        return f"shape {reprlib.repr(shape)}, wanted a list of at most {MAX_DIMS} sizes"
+    if not _sizes(offsets) or len(offsets) != 2:
+        return f"data_offsets {reprlib.repr(offsets)}, wanted [begin, end]"
+    wanted = math.prod(shape) * DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != wanted:
+        return f"data_offsets {offsets}, but {dtype} of shape {shape} takes {wanted} bytes"
+    return ""
+
+
+def _sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _gaps(placed: list[tuple[int, int, str, TensorInfo]], size: int) -> list[str]:
+    problems = []
+    reached = 0
+    for begin, end, name, _ in placed:
+        if begin != reached:
+            kind = "overlaps the tensor before it" if begin < reached else "leaves a gap before it"
+            problems.append(f"{name[:200]!r}: starts at byte {begin} of the data, wanted {reached}: {kind}")
+        reached = max(reached, end)
+    if not problems and reached != size:
+        kind = "cut off" if size < reached else "followed by bytes that belong to no tensor"
+        problems.append(f"the tensors take {reached:,} bytes and the file holds {size:,}: {kind}")
+    return problems

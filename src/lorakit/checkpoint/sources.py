@@ -1,0 +1,150 @@
+"""Where the tensors of an opened adapter come from: a safetensors file, or a pickle that the caller allowed.
+
+Both check that the file is still the one that was opened, and give tensors that own their memory: what happens to
+the file afterwards changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lorakit.checkpoint.files import PICKLE_NAME, WEIGHTS_NAME, Stamp, open_regular, stamp_of
+from lorakit.checkpoint.header import DTYPE_CODES, TensorInfo
+from lorakit.errors import AdapterFormatError, UnsupportedError, bullet_list
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    from torch import Tensor
+
+_SAFE_UNPICKLER = (2, 10)  # older releases have known holes in weights_only
+
+
+class Source(Protocol):
+    """Gives tensors by name, one after another, contiguous, on the CPU."""
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        ...
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors, in the given order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsSource:
+    """The tensors of `adapter_model.safetensors`, whose header has been checked."""
+
+    folder: Path
+    stamp: Stamp
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.folder / WEIGHTS_NAME
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors, in the given order; `AdapterFormatError` if the file is no longer the same."""
+        _check_unchanged(self.folder, WEIGHTS_NAME, self.stamp)
+        try:
+            with safe_open(self.path, framework="pt", device="cpu") as file:
+                _check_unchanged(self.folder, WEIGHTS_NAME, self.stamp)
+                for name in names:
+                    # a copy: the tensor that safe_open gives is the mapped file, and follows its changes
+                    yield name, file.get_tensor(name).clone(memory_format=torch.contiguous_format)
+        except (SafetensorError, OSError) as error:
+            raise AdapterFormatError(f"{self.path}: cannot be read: {error}") from None
+        _check_unchanged(self.folder, WEIGHTS_NAME, self.stamp)
+
+
+@dataclass(frozen=True, slots=True)
+class PickleSource:
+    """The tensors of `adapter_model.bin`, through the restricted unpickler only."""
+
+    folder: Path
+    stamp: Stamp
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.folder / PICKLE_NAME
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors, in the given order; `AdapterFormatError` if the file is no longer the same."""
+        _check_unchanged(self.folder, PICKLE_NAME, self.stamp)
+        tensors = _unpickled(self.folder, "cpu")
+        for name in names:
+            yield name, tensors[name].detach().clone(memory_format=torch.contiguous_format)
+
+
+def open_pickle(folder: Path) -> tuple[PickleSource, dict[str, TensorInfo]]:
+    """List the tensors of `adapter_model.bin` without allocating them.
+
+    Raises:
+        UnsupportedError: this torch has known holes in its restricted unpickler.
+        AdapterFormatError: the file is not a pickled dict of f64, f32, f16 and bf16 tensors and nothing else.
+    """
+    path = folder / PICKLE_NAME
+    if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < _SAFE_UNPICKLER:
+        raise UnsupportedError(
+            f"{path}: reading a pickle needs torch 2.10 or later, this is {torch.__version__}"
+        )
+    with open_regular(folder, PICKLE_NAME) as (_, status):
+        stamp = stamp_of(status)
+    tensors = _unpickled(folder, "meta")
+    infos = {name: TensorInfo(t.dtype, tuple(t.shape), t.nbytes) for name, t in tensors.items()}
+    if sum(info.nbytes for info in infos.values()) > status.st_size:
+        raise AdapterFormatError(f"{path}: its tensors claim more bytes than the file has; not an adapter")
+    return PickleSource(folder, stamp), infos
+
+
+def _check_unchanged(folder: Path, name: str, stamp: Stamp) -> None:
+    with open_regular(folder, name) as (_, status):
+        if stamp_of(status) != stamp:
+            raise AdapterFormatError(f"{folder / name}: changed since it was opened; open the adapter again")
+
+
+def _unpickled(folder: Path, device: str) -> dict[str, Tensor]:
+    path = folder / PICKLE_NAME
+    try:
+        with (
+            open_regular(folder, PICKLE_NAME) as (descriptor, _),
+            os.fdopen(os.dup(descriptor), "rb") as file,
+        ):
+            found: Any = torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:  # noqa: BLE001  a hostile pickle can raise anything
+        raise AdapterFormatError(
+            f"{path}: not a pickled dict of tensors ({type(error).__name__}); "
+            "ask its author for a safetensors file"
+        ) from None
+    if not isinstance(found, dict):
+        raise AdapterFormatError(f"{path}: holds a {type(found).__name__}, wanted a dict of tensors")
+    problems = [
+        f"{str(name)[:200]!r}: {_described(value)}"
+        for name, value in found.items()
+        if not _plain(name, value)
+    ]
+    if problems:
+        raise AdapterFormatError(bullet_list(f"{path}: not all entries are tensors of floats", problems[:10]))
+    return found
+
+
+def _plain(name: object, value: object) -> bool:
+    return (
+        isinstance(name, str)
+        and isinstance(value, torch.Tensor)
+        and value.layout is torch.strided
+        and value.dtype in DTYPE_CODES
+    )
+
+
+def _described(value: object) -> str:
+    return f"{value.dtype} tensor" if isinstance(value, torch.Tensor) else type(value).__name__

@@ -1,0 +1,90 @@
+"""The option groups of a `LoraConfig`: plain data, one dataclass each, checked together with the config.
+
+Every group is written to `adapter_config.json` as an object, but for `LoraRuntimeConfig`, which describes the
+run and not the adapter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class LoftQConfig:
+    """LoftQ, an initialiser that fits the factors to the error of quantisation (Li et al., 2023, arXiv:2310.08659).
+
+    Attributes:
+        loftq_bits: bits of the quantised weight: 2, 4 or 8.
+        loftq_iter: how many alternating steps are taken; at least 1.
+    """
+
+    loftq_bits: int = 4
+    loftq_iter: int = 1
+
+
+@dataclass
+class EvaConfig:
+    """EVA, an initialiser from the activations' right singular vectors (Paischer et al., 2024, arXiv:2410.07170).
+
+    Attributes:
+        rho: a module's rank may grow to `rho * r` when ranks are spread by explained variance; at least 1.
+        tau: cosine similarity, in [0, 1], at which a singular vector counts as converged.
+        use_label_mask: leave out the positions whose label is `label_mask_value`.
+        label_mask_value: the label of the positions to leave out.
+        whiten: divide each component by its singular value.
+        adjust_scaling_factors: keep `lora_alpha / r` of a module as it was before its rank changed.
+    """
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+
+@dataclass
+class CordaConfig:
+    """CorDA, an initialiser oriented by the input's covariance (Yang et al., 2024, arXiv:2406.05223).
+
+    Attributes:
+        cache_file: where the decomposition is kept between runs, or None.
+        covariance_file: where the covariance matrices are kept between runs, or None.
+        corda_method: "ipm" (learn a task faster) or "kpm" (preserve the base's knowledge).
+        verbose: print progress.
+        use_float16_for_covariance: accumulate the covariance in float16 to save memory.
+        prune_temporary_fields: drop the decomposition from the modules when it is no longer needed.
+    """
+
+    cache_file: str | None = None
+    covariance_file: str | None = None
+    corda_method: str = "ipm"
+    verbose: bool = False
+    use_float16_for_covariance: bool = False
+    prune_temporary_fields: bool = True
+
+
+@dataclass
+class LoraGAConfig:
+    """LoRA-GA, an initialiser from the base weight's first gradient (Wang et al., 2024, arXiv:2407.05000).
+
+    Attributes:
+        direction: which singular vectors go to A and which to B: "ArBr", "A2rBr", "ArB2r" or "random".
+        scale: how the factors are scaled: "stable", "weight_svd", "gd_scale" or "unit".
+        stable_gamma: the gamma of the "stable" scale; positive.
+    """
+
+    direction: str = "ArB2r"
+    scale: str = "stable"
+    stable_gamma: int = 16
+
+
+@dataclass
+class LoraRuntimeConfig:
+    """Settings of the run, which are never written to a file.
+
+    Attributes:
+        ephemeral_gpu_offload: move the tensors of heavy steps to the GPU for as long as a step takes.
+    """
+
+    ephemeral_gpu_offload: bool = False

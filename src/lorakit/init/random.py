@@ -1,0 +1,82 @@
+"""Initialisers that look only at the shapes.
+
+All draw in fp32 from torch's default generator of the device and then cast to the adapter's dtype, so one
+seed gives the same numbers whatever dtype the adapter has.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorakit.errors import PlanError
+from lorakit.init.context import InitContext, InitResult
+from lorakit.types import Factors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def kaiming(context: InitContext) -> InitResult:
+    """A uniform in ±1/sqrt(in) (Kaiming with a = sqrt 5), B zero: the adapter begins as no change.
+
+    Source: Hu et al., 2021, arXiv:2106.09685, and its reference implementation.
+    """
+    r, in_features, out_features = _sizes(context)
+    A = _empty(context, r, in_features).uniform_(-1.0, 1.0).mul_(1 / math.sqrt(in_features))
+    return _result(context, A, _empty(context, out_features, r).zero_(), bias_bound=0.0)
+
+
+def gaussian(context: InitContext) -> InitResult:
+    """A normal with standard deviation 1/r, B zero (the scheme of the diffusers library)."""
+    r, in_features, out_features = _sizes(context)
+    A = _empty(context, r, in_features).normal_(std=1 / r)
+    return _result(context, A, _empty(context, out_features, r).zero_(), bias_bound=0.0)
+
+
+def random(context: InitContext) -> InitResult:
+    """A uniform in ±1/sqrt(in), B uniform in ±1/sqrt(r): not the identity; for tests and debugging."""
+    r, in_features, out_features = _sizes(context)
+    bound = 1 / math.sqrt(r)
+    A = _empty(context, r, in_features).uniform_(-1.0, 1.0).mul_(1 / math.sqrt(in_features))
+    B = _empty(context, out_features, r).uniform_(-bound, bound)
+    return _result(context, A, B, bias_bound=bound)
+
+
+def orthogonal(context: InitContext) -> InitResult:
+    """A and B both non-zero, in orthogonal halves of the rank space, so that B @ A = 0.
+
+    The rows of a random orthogonal (r, r) matrix are dealt alternately to A and to B.
+
+    Raises:
+        PlanError: the rank is odd.
+    """
+    r, in_features, out_features = _sizes(context)
+    if r % 2:
+        raise PlanError([f"{context.spec.path}: init_lora_weights='orthogonal' needs an even rank, got r={r}"])
+    Q = _empty(context, r, r).normal_()
+    if not Q.is_meta:
+        Q = torch.linalg.qr(Q).Q
+    A = (_empty(context, in_features, r // 2).normal_() @ Q[0::2]).T * 0.1
+    B = (_empty(context, out_features, r // 2).normal_() @ Q[1::2]) * 0.1
+    return _result(context, A, B, bias_bound=0.0)
+
+
+def _sizes(context: InitContext) -> tuple[int, int, int]:
+    out_features, in_features = context.spec.shape
+    return context.spec.r, in_features, out_features
+
+
+def _empty(context: InitContext, *size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.float32, device=context.spec.device)
+
+
+def _result(context: InitContext, A: Tensor, B: Tensor, *, bias_bound: float) -> InitResult:
+    spec = context.spec
+    bias = None
+    if spec.lora_bias:
+        bias = _empty(context, spec.shape[0]).uniform_(-bias_bound, bias_bound).to(spec.dtype)
+    factors = Factors(A.contiguous().to(spec.dtype), B.contiguous().to(spec.dtype), spec.scaling, bias)
+    return InitResult(factors)

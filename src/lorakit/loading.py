@@ -1,0 +1,279 @@
+"""From an adapter's files to a model. Everything is checked before the model is touched.
+
+Order: config, header of the weights file, plan, comparison of keys and shapes, tensors (digest, finiteness),
+and only then the model. No initialiser runs for tensors that the file has, no pass over the other adapters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from lorakit.checkpoint.hub import resolve_adapter
+from lorakit.checkpoint.keys import apply_key_mapping, from_file_key, to_file_key
+from lorakit.checkpoint.reading import open_adapter
+from lorakit.config import REQUIRED_KEYS, LoraConfig, check_adapter_name
+from lorakit.errors import AdapterNameError, AdapterStateError, KeyMismatchError
+from lorakit.init import InitContext, initialise
+from lorakit.surgery import attach, find_registry, make_plan
+from lorakit.surgery.attach import expected_tensors
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+
+    from lorakit.checkpoint.reading import AdapterFile
+    from lorakit.surgery import AdapterRegistry, Plan
+
+
+class LoadReport(NamedTuple):
+    """What a load found.
+
+    Attributes:
+        missing_keys: keys that the file lacks (only with `strict=False`): their layers begin as no change.
+        unexpected_keys: keys of the file that were passed over (only with `strict=False`).
+        base_weights: base parameters that the adapter replaces while it acts (only with `allow_base_weights`).
+        notes: entries of the config that match nothing in this model.
+    """
+
+    missing_keys: tuple[str, ...]
+    unexpected_keys: tuple[str, ...]
+    base_weights: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """Where to look for an adapter, beyond its path or repository; as in huggingface_hub."""
+
+    subfolder: str | None = None
+    revision: str | None = None
+    token: bool | str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    force_download: bool = False
+    local_files_only: bool = False
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How strict a load is, and what becomes of the tensors.
+
+    Attributes:
+        config: takes the place of the config file.
+        is_trainable: whether the adapter's parameters will want gradients when it is active.
+        strict: make missing and unexpected keys an error.
+        replace: take the place of an adapter of the same name.
+        allow_base_weights: accept embedding weights that PEFT saves with an adapter whose vocabulary grew.
+        allow_pickle_bin: accept `adapter_model.bin` (read with `weights_only`).
+        key_mapping: regular expressions and replacements for the file's keys.
+        autocast_adapter_dtype: keep adapters of a half-precision base in fp32.
+    """
+
+    config: LoraConfig | None = None
+    is_trainable: bool = False
+    strict: bool = True
+    replace: bool = False
+    allow_base_weights: bool = False
+    allow_pickle_bin: bool = False
+    key_mapping: Mapping[str, str] | None = None
+    autocast_adapter_dtype: bool = True
+
+
+def load_onto(
+    model: nn.Module, source: str | os.PathLike[str], name: str, options: LoadOptions, hub: HubOptions
+) -> tuple[AdapterRegistry, LoadReport]:
+    """Load an adapter onto `model`, not active unless it is the first.
+
+    Raises:
+        AdapterNotFoundError, AdapterFormatError, ConfigError, PlanError, KeyMismatchError, NonFiniteError,
+        AdapterNameError, AdapterStateError: the model is as it was.
+    """
+    _check_name(model, name, options)
+    file, config = read_adapter(source, options, hub)
+    plan = make_plan(model, config, source="file", autocast_adapter_dtype=options.autocast_adapter_dtype)
+    keys = _file_keys(file, options, plan)
+    if options.allow_base_weights:
+        plan = _with_base_weights(plan, keys)
+    missing, unexpected = _compare(file, plan, keys, strict=options.strict)
+    wanted = {name_: key for name_, key in keys.items() if name_ not in unexpected}
+    loaded = file.load(wanted.values())
+    tensors = {name_: loaded[key] for name_, key in wanted.items()}
+    if missing:
+        tensors = _fill(plan, tensors)
+    registry = _put(model, plan, name, tensors)
+    if not registry.active:
+        registry.set_active([name], inference_mode=not options.is_trainable)
+    else:
+        for item in registry.tensors(name):
+            item.tensor.requires_grad_(name in registry.active and options.is_trainable)
+    report = LoadReport(
+        tuple(map(to_file_key, missing)), tuple(keys[key] for key in unexpected), plan.base_weights, plan.notes
+    )
+    return registry, report
+
+
+def read_adapter(
+    source: str | os.PathLike[str], options: LoadOptions, hub: HubOptions
+) -> tuple[AdapterFile, LoraConfig]:
+    """Find an adapter, read its header and its config; no tensor is read."""
+    folder = resolve_adapter(source, allow_pickle_bin=options.allow_pickle_bin, **hub.__dict__)
+    file = open_adapter(folder, allow_pickle_bin=options.allow_pickle_bin)
+    config = options.config or LoraConfig.from_dict(file.config, where=str(folder), required=REQUIRED_KEYS)
+    return file, replace(config, inference_mode=not options.is_trainable)
+
+
+def _check_name(model: nn.Module, name: str, options: LoadOptions) -> None:
+    check_adapter_name(name)
+    registry = find_registry(model)
+    if registry is None or name not in registry.configs:
+        return
+    if not options.replace:
+        raise AdapterNameError(
+            f"adapter {name!r} exists already; choose another name, delete it first, or pass replace=True"
+        )
+    if name in registry.merged:
+        raise AdapterStateError(f"adapter {name!r} is merged; call unmerge_adapter() before replacing it")
+
+
+def _file_keys(file: AdapterFile, options: LoadOptions, plan: Plan) -> dict[str, str]:
+    """The file's keys by the name that they have in the model."""
+    mapped = apply_key_mapping(file.tensors, options.key_mapping or {})
+    names = {from_file_key(new): old for old, new in mapped.items()}
+    # PEFT writes each bias of a wholly trained module twice more under bias="all"; they say nothing new.
+    doubles = tuple(
+        f"{path}.{part}." for path in plan.modules_to_save for part in ("original_module", "modules_to_save")
+    )
+    return {name: key for name, key in names.items() if not (doubles and name.startswith(doubles))}
+
+
+def _with_base_weights(plan: Plan, keys: Mapping[str, str]) -> Plan:
+    """Let the file replace the input and output embeddings, and nothing else of the base."""
+    expected = expected_tensors(plan)
+    embeddings = {id(weight) for weight in embedding_weights(plan.description.model)}
+    found = []
+    for key in keys:
+        name = key.replace(".base_layer.", ".")
+        if key in expected or name.rpartition(".")[0] not in plan.description.nodes:
+            continue
+        node = plan.description.nodes[name.rpartition(".")[0]]
+        parameter = dict(node.module.named_parameters(recurse=False)).get(name.rpartition(".")[2])
+        if id(parameter) in embeddings:
+            found.append(name)
+    return replace(plan, base_weights=tuple(found))
+
+
+def embedding_weights(model: nn.Module) -> list[Tensor]:
+    """The weights of a transformers model's input and output embeddings."""
+    getters = (getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output"))
+    modules = [getter() for getter in getters if callable(getter)]
+    weights = [getattr(module, "weight", None) for module in modules]
+    return [weight for weight in weights if isinstance(weight, torch.Tensor)]
+
+
+def _compare(
+    file: AdapterFile, plan: Plan, keys: Mapping[str, str], *, strict: bool
+) -> tuple[list[str], list[str]]:
+    """Names missing from the file and names in it that have no place."""
+    expected = expected_tensors(plan)
+    missing = [name for name in expected if name not in keys]
+    unexpected = [name for name in keys if name not in expected]
+    wrong = [
+        f"{keys[name]}: found {tuple(file.tensors[keys[name]].shape)}, expected {shape}"
+        for name, shape in expected.items()
+        if name in keys and tuple(file.tensors[keys[name]].shape) != shape
+    ]
+    if wrong or (strict and (missing or unexpected)):
+        raise KeyMismatchError(
+            str(file.weights_path),
+            missing=map(to_file_key, missing),
+            unexpected=[keys[name] for name in unexpected],
+            mismatched=wrong,
+            hint=_hint(plan, missing, unexpected, wrong),
+        )
+    return missing, unexpected
+
+
+def _hint(plan: Plan, missing: list[str], unexpected: list[str], wrong: list[str]) -> str:
+    hints = []
+    if wrong:
+        hints.append("Was the adapter made for a model of another size, or its config changed since?")
+    embeddings = {id(weight) for weight in embedding_weights(plan.description.model)}
+    nodes = plan.description.nodes
+    foreign = [nodes[name.rpartition(".")[0]] for name in unexpected if name.rpartition(".")[0] in nodes]
+    if any(id(getattr(node.module, "weight", None)) in embeddings for node in foreign):
+        hints.append("Pass allow_base_weights=True to take the embeddings that came with the adapter.")
+    if missing and unexpected:
+        hints.append("If only the names differ, pass key_mapping={regular expression: replacement}.")
+    if not wrong and (missing or unexpected):
+        hints.append("Pass strict=False to load what fits and have the rest listed.")
+    return " ".join(hints)
+
+
+def _fill(plan: Plan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Complete an incomplete adapter: a layer that lacks a factor begins as no change, the rest as the base."""
+    filled = dict(tensors)
+    for spec in plan.specs:
+        names = [f"{spec.path}.lora_{part}" for part in ("A.weight", "B.weight", "B.bias")]
+        if all(name in tensors for name in names[: 3 if spec.lora_bias else 2]):
+            continue
+        device = torch.device("cpu") if spec.device.type == "meta" else spec.device
+        fresh = replace(spec, init="default", device=device)
+        factors = initialise(InitContext(fresh, _unread)).factors
+        values = (factors.A, factors.B, factors.bias)
+        filled.update({name: value for name, value in zip(names, values, strict=True) if value is not None})
+    base = plan.description.model.state_dict()
+    for name in expected_tensors(plan):
+        if name not in filled:
+            filled[name] = base[name].clone()
+    return filled
+
+
+def _unread(dtype: torch.dtype) -> Tensor:
+    raise AssertionError(f"the default initialiser read the base weight as {dtype}")
+
+
+def attach_tensors(
+    model: nn.Module, config: LoraConfig, name: str, tensors: Mapping[str, Tensor]
+) -> AdapterRegistry:
+    """Attach an adapter whose tensors are at hand, by module path.
+
+    Raises:
+        KeyMismatchError: they are not the adapter's; the model was not touched.
+    """
+    plan = make_plan(model, config)
+    expected = expected_tensors(plan)
+    wrong = [
+        f"{key}: found {tuple(tensors[key].shape)}, expected {shape}"
+        for key, shape in expected.items()
+        if key in tensors and tuple(tensors[key].shape) != shape
+    ]
+    missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    if missing or unexpected or wrong:
+        raise KeyMismatchError(
+            "state_dict", missing=sorted(missing), unexpected=sorted(unexpected), mismatched=wrong
+        )
+    return attach(model, plan, name, tensors={key: tensors[key].clone() for key in expected})
+
+
+def _put(model: nn.Module, plan: Plan, name: str, tensors: Mapping[str, Tensor]) -> AdapterRegistry:
+    """Attach; an adapter of the same name gives way, and comes back if that fails."""
+    registry = find_registry(model)
+    if registry is None or name not in registry.configs:
+        return attach(model, plan, name, tensors=tensors)
+    former = {item.file_name: item.tensor.detach() for item in registry.tensors(name)}
+    former_plan = make_plan(model, registry.configs[name], source="file")
+    active = registry.active
+    registry.active = tuple(other for other in active if other != name)
+    registry.discard(name)
+    try:
+        attach(model, plan, name, tensors=tensors)
+    except BaseException:
+        attach(model, former_plan, name, tensors=former)
+        raise
+    finally:
+        registry.set_active(active)
+    return registry

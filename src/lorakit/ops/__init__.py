@@ -1,0 +1,23 @@
+"""Tensor maths of LoRA: pure functions on tensors, which know of no module and no file.
+
+The specification of a forward is `lora_reference`; `lora_add` and `lora_linear` equal it and cost less.
+"""
+
+from __future__ import annotations
+
+from lorakit.ops.fused import lora_add, lora_linear
+from lorakit.ops.merge import merge_delta, tile_rows
+from lorakit.ops.norms import delta_bound, frobenius_norm
+from lorakit.ops.reference import lora_reference
+from lorakit.ops.terms import Term
+
+__all__ = [
+    "Term",
+    "delta_bound",
+    "frobenius_norm",
+    "lora_add",
+    "lora_linear",
+    "lora_reference",
+    "merge_delta",
+    "tile_rows",
+]

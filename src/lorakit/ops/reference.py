@@ -1,0 +1,64 @@
+"""The specification of the fused ops, in plain differentiable torch calls.
+
+It is also what runs where a hand-written backward cannot: under `torch.compile` and export, `torch.func` transforms,
+forward-mode differentiation, tracing, on meta tensors and on tensor subclasses.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.nn.functional import dropout as torch_dropout
+from torch.nn.functional import linear
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from lorakit.ops.terms import Term
+
+PLAIN = frozenset({torch.Tensor, Parameter})
+
+
+def lora_reference(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
+    """`y + sum_i s_i * (B_i A_i drop_i(x) + bias_i)`, in the dtype of y, as a composition of torch calls.
+
+    Args:
+        y: (..., out), the output of the base layer; not changed.
+        x: (..., in), the input of the base layer.
+        terms: the active adapters; dropout is `torch.nn.functional.dropout`.
+
+    Returns:
+        (..., out) in the dtype of y. The products are computed in the dtype of x, or in autocast's.
+
+    Source: Hu et al., 2021, arXiv:2106.09685.
+    """
+    total = y
+    for A, B, bias, scaling, dropout in terms:
+        h = linear(torch_dropout(x, dropout) if dropout else x, A.to(x.dtype)) * scaling
+        total = total + linear(h, B.to(h.dtype))
+        if bias is not None:
+            total = total + bias * scaling
+    return total.to(y.dtype)
+
+
+def must_compose(x: Tensor, terms: Sequence[Term]) -> bool:
+    """Whether a hand-written autograd node would be wrong, or opaque, for these tensors at this moment."""
+    if torch.compiler.is_compiling():
+        return True
+    if (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    ):
+        return True
+    if type(x) not in PLAIN or x.is_meta:
+        return True
+    return any(
+        type(term.A) not in PLAIN or type(term.B) not in PLAIN or not 0.0 <= term.dropout < 1.0
+        for term in terms
+    )

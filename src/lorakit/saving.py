@@ -1,0 +1,83 @@
+"""From a model's adapters to files."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorakit.checkpoint.keys import to_file_key
+from lorakit.checkpoint.writing import write_adapter
+from lorakit.loading import embedding_weights
+from lorakit.surgery.registry import base_parameter_file_name
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from lorakit.config import LoraConfig
+    from lorakit.surgery import AdapterRegistry
+
+
+def save_adapters(
+    registry: AdapterRegistry,
+    folder: str | os.PathLike[str],
+    names: Sequence[str] | None = None,
+    *,
+    with_embeddings: bool = False,
+) -> list[Path]:
+    """Write adapters (default: all): "default" into `folder`, every other into a subfolder of its name.
+
+    Args:
+        registry: the adapters of a model.
+        folder: made if it is not there.
+        names: which adapters.
+        with_embeddings: put the base's input and output embeddings into the file too, as PEFT does for a
+            vocabulary that grew.
+
+    Raises:
+        AdapterNameError: a name is unknown.
+        NonFiniteError, AdapterFormatError: a tensor cannot be saved; files that were there are untouched.
+        OSError: the disk refused; files that were there are untouched.
+    """
+    chosen = list(registry.configs if names is None else names)
+    registry.check_known(chosen)
+    written: list[Path] = []
+    for name in chosen:
+        tensors = {to_file_key(item.file_name): item.tensor.detach() for item in registry.tensors(name)}
+        if with_embeddings:
+            tensors |= _embeddings(registry)
+        config = stored_config(registry, name)
+        target = Path(folder) if name == "default" else Path(folder) / name
+        written += write_adapter(target, config.to_dict(), tensors, readme=_model_card(config))
+    return written
+
+
+def stored_config(registry: AdapterRegistry, name: str) -> LoraConfig:
+    """The config as a file holds it: for inference, and with the base's class where no task names one."""
+    config = registry.configs[name]
+    mapping = config.auto_mapping
+    if config.task_type is None:
+        kind = type(registry.model)
+        mapping = mapping or {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    return replace(config, inference_mode=True, auto_mapping=mapping)
+
+
+def _embeddings(registry: AdapterRegistry) -> dict[str, Tensor]:
+    wanted = {id(weight) for weight in embedding_weights(registry.model)}
+    found: dict[str, Tensor] = {}
+    for name, parameter in registry.model.named_parameters(remove_duplicate=False):
+        if id(parameter) in wanted:
+            found[to_file_key(base_parameter_file_name(name, registry.layers))] = parameter.detach()
+    return found
+
+
+def _model_card(config: LoraConfig) -> str:
+    """The least that a hub page needs to know."""
+    base = config.base_model_name_or_path
+    header = ["---", "library_name: peft", "tags:", "- lora", "- lorakit"]
+    header += [f"base_model: {base}"] if base and not Path(base).is_absolute() else []
+    body = f"LoRA adapter, rank {config.r}, alpha {config.lora_alpha:g}" + (f", for `{base}`." if base else ".")
+    return "\n".join([*header, "---", "", body, ""])

@@ -1,0 +1,233 @@
+"""`LoraModel`: a model with adapters on it, and the operations on them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from lorakit.config import LoraConfig, check_adapter_name
+from lorakit.errors import AdapterStateError, ConfigError
+from lorakit.surgery import AdapterRegistry, attach, find_registry, make_plan, merge_and_unload, unload
+from lorakit.surgery.targets import IMPLICIT_HEADS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+
+def prepare_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """The config as it will be stored: with the task's head in `modules_to_save` and the base's name.
+
+    Raises:
+        ConfigError: `config` is no `LoraConfig`.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"expected a LoraConfig, got {type(config).__name__}")
+    heads = IMPLICIT_HEADS.get(config.task_type or "", ())
+    extra = [head for head in heads if head not in (config.modules_to_save or ())]
+    name = config.base_model_name_or_path or getattr(getattr(model, "config", None), "_name_or_path", None)
+    return replace(
+        config,
+        modules_to_save=[*(config.modules_to_save or ()), *extra] or config.modules_to_save,
+        base_model_name_or_path=name or None,
+    )
+
+
+def put_on(
+    model: nn.Module, config: LoraConfig, name: str, *, autocast_adapter_dtype: bool = True
+) -> AdapterRegistry:
+    """Plan a new adapter and attach it; the first one becomes active.
+
+    Raises:
+        ConfigError, UnsupportedError, PlanError, AdapterNameError: the model was not touched.
+    """
+    check_adapter_name(name)
+    prepared = prepare_config(model, config)
+    plan = make_plan(model, prepared, autocast_adapter_dtype=autocast_adapter_dtype)
+    registry = attach(model, plan, name)
+    names = registry.active or (name,)
+    registry.set_active(names, inference_mode=all(registry.configs[each].inference_mode for each in names))
+    return registry
+
+
+class LoraModel(nn.Module):
+    """A model whose modules carry LoRA adapters.
+
+    Calling it calls the model; attributes that it does not have itself are the model's.
+
+    Args:
+        model: any module without adapters.
+        peft_config: the first adapter's config, or a dictionary that holds it under `adapter_name`.
+        adapter_name: the first adapter's name.
+
+    Raises:
+        ConfigError, UnsupportedError, PlanError, AdapterNameError, AdapterStateError: the model was not touched.
+    """
+
+    model: nn.Module
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: LoraConfig | Mapping[str, LoraConfig],
+        adapter_name: str = "default",
+        *,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        super().__init__()
+        check_bare(model)
+        config = peft_config if isinstance(peft_config, LoraConfig) else peft_config[adapter_name]
+        self._adopt(put_on(model, config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype))
+
+    def _adopt(self, registry: AdapterRegistry) -> None:
+        self.registry = registry
+        self.model = registry.model
+
+    @classmethod
+    def of(cls, registry: AdapterRegistry) -> LoraModel:
+        """A `LoraModel` around a model that carries adapters already."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made._adopt(registry)
+        return made
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model."""
+        return self.model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # not there yet: asking it would ask for it again
+                raise
+            return getattr(self.model, name)
+
+    # ---- adapters -----------------------------------------------------------------------------------
+
+    @property
+    def peft_config(self) -> dict[str, LoraConfig]:
+        """The config of each adapter, by name."""
+        return self.registry.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return list(self.registry.active)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The same as `active_adapters`."""
+        return self.active_adapters
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:  # noqa: FBT001, FBT002 - the signature users know
+        """Make these adapters the active ones and, unless `inference_mode`, the only trainable parameters.
+
+        The contributions of several active adapters add up. Merged adapters are unmerged first.
+
+        Raises:
+            AdapterNameError: a name is unknown.
+            AdapterStateError: two of them own a copy of the same module or bias.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        self.registry.set_active(names, inference_mode=inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:  # noqa: FBT001, FBT002 - the signature users know
+        """Set the flag on every floating-point tensor of these adapters.
+
+        Raises:
+            AdapterNameError: a name is unknown.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self.registry.check_known(names)
+        for name in names:
+            for item in self.registry.tensors(name):
+                if item.tensor.is_floating_point():
+                    item.tensor.requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off and free its memory. Without any adapter left the model acts as its base.
+
+        Raises:
+            AdapterNameError: the name is unknown.
+            AdapterStateError: the adapter is merged.
+        """
+        self.registry.remove(adapter_name)
+
+    def enable_adapter_layers(self) -> None:
+        """Let the active adapters act."""
+        self.registry.set_enabled(enabled=True)
+
+    def disable_adapter_layers(self) -> None:
+        """Let the base model act alone: its output bit for bit, also while adapters are merged."""
+        self.registry.set_enabled(enabled=False)
+
+    # ---- merging ------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002 - the signature users know
+        """Add the deltas of these adapters (default: the active ones) to the base weights.
+
+        Each weight is accumulated in fp32 and rounded once. Either every layer is merged or none. The original
+        weights are kept for `unmerge_adapter`; non-finite results are always refused (`safe_merge` or not).
+
+        Raises:
+            AdapterNameError, UnsupportedError, NonFiniteError: nothing was changed.
+        """
+        self.registry.merge(adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """Put the original weights back, the same bits as before the first merge."""
+        self.registry.unmerge()
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,  # noqa: FBT001, FBT002 - the signature users know
+        safe_merge: bool = False,  # noqa: ARG002, FBT001, FBT002
+        adapter_names: Sequence[str] | None = None,
+    ) -> nn.Module:
+        """Merge adapters (default: the active ones) for good and give the plain model back.
+
+        No original weights are kept, and no more than one layer's weight is held twice at any time.
+
+        Raises:
+            AdapterNameError, AdapterStateError, UnsupportedError, NonFiniteError: nothing was changed.
+        """
+        layers = len(self.registry.layers)
+        progress = partial(tqdm, desc="merging", total=layers, unit="layer", disable=not progressbar)
+        return merge_and_unload(self.registry, adapter_names, progress=progress)
+
+    def unload(self) -> nn.Module:
+        """Take every adapter off and give the base model back, weights and `requires_grad` flags as before."""
+        return unload(self.registry)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As `nn.Module.load_state_dict`; refused while adapters are merged.
+
+        Raises:
+            AdapterStateError: adapters are merged.
+        """
+        if self.registry.merged:
+            raise AdapterStateError(
+                f"{list(self.registry.merged)} are merged; call unmerge_adapter() before load_state_dict()"
+            )
+        return super().load_state_dict(*args, **kwargs)
+
+
+def check_bare(model: nn.Module) -> None:
+    """Refuse a model that carries adapters already.
+
+    Raises:
+        AdapterStateError: it does.
+    """
+    inner: nn.Module = model.model if isinstance(model, LoraModel) else model
+    registry = find_registry(inner) or find_registry(model)
+    if registry is not None and registry.configs:
+        raise AdapterStateError(
+            f"this model carries the adapters {list(registry.configs)} already; "
+            "use add_adapter() or load_adapter() to add another, or unload() to begin afresh"
+        )

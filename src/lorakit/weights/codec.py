@@ -1,0 +1,63 @@
+"""The contract between an adapter and the weight it changes.
+
+A codec knows one way of storing a weight. It takes the base module only, keeps no state, and never touches
+the module except in `swap`, which replaces references: the tensors that were there are handed back
+untouched, so that putting them back restores the very bits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+    from torch import Tensor, nn
+
+    from lorakit.types import Factors
+
+
+class WeightState(NamedTuple):
+    """The parameters that hold a base module's weight and bias, as `swap` takes and gives them."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+
+class WeightCodec(Protocol):
+    """How one kind of base module stores its weight."""
+
+    @property
+    def name(self) -> str:
+        """Short name, for messages and status reports."""
+
+    @property
+    def can_write(self) -> bool:
+        """Whether `encode`, `merged` and `swap` work; otherwise the base serves training and inference only."""
+
+    def owns(self, base: nn.Module) -> bool:
+        """Whether this codec is the one for `base`."""
+
+    def shape(self, base: nn.Module) -> tuple[int, int]:
+        """(out, in) of the weight, however it is stored."""
+
+    def transposed(self, base: nn.Module) -> bool:
+        """Whether the module stores its weight as (in, out)."""
+
+    def read(self, base: nn.Module, dtype: torch.dtype) -> Tensor:
+        """The weight as a fresh (out, in) tensor of `dtype`."""
+
+    def state(self, base: nn.Module) -> WeightState:
+        """The parameters that `base` holds now, themselves, not copies."""
+
+    def encode(self, base: nn.Module, W: Tensor) -> WeightState:
+        """What `swap` needs to give `base` the weight `W` (out, in); `base` keeps its own until then."""
+
+    def merged(self, base: nn.Module, state: WeightState, factors: Sequence[Factors]) -> WeightState:
+        """`state` with the factors' deltas added, accumulated in fp32 and rounded once; `base` is only asked
+        how it stores a weight.
+        """
+
+    def swap(self, base: nn.Module, state: WeightState) -> WeightState:
+        """Install `state` and return the one that was there."""
