@@ -13,10 +13,11 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from lorakit.ops import Term, lora_add, lora_linear
 from peft.tuners.lora import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch.nn.functional import linear
+
+from lorakit.ops import Term, lora_add, lora_linear
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,7 +49,7 @@ class Candidates(NamedTuple):
 def build(case: Case) -> Candidates:
     torch.manual_seed(0)
     features, out = case.shape
-    base = torch.nn.Linear(features, out, bias=False, dtype=case.dtype).requires_grad_(False)
+    base = torch.nn.Linear(features, out, bias=False, dtype=case.dtype).requires_grad_(requires_grad=False)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=case.dropout)
     layer = PeftLinear(base, "default", config, RANK, ALPHA)
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight

@@ -42,7 +42,12 @@ class Row:
 
 
 def interleave(
-    name: str, variants: Mapping[str, Callable[[], object]], *, ours: str = "lorakit", rounds: int = 15, warmup: int = 3
+    name: str,
+    variants: Mapping[str, Callable[[], object]],
+    *,
+    ours: str = "lorakit",
+    rounds: int = 15,
+    warmup: int = 3,
 ) -> Row:
     """Run the variants in turn, `rounds` times, and compare each with `ours`."""
     times: dict[str, list[float]] = {key: [] for key in variants}
@@ -75,7 +80,11 @@ def machine() -> dict[str, str]:
     """What the figures depend on."""
     names = ("torch", "transformers", "peft")
     cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
         platform.processor(),
     )
     return {"cpu": cpu, "python": platform.python_version(), "threads": str(torch.get_num_threads())} | {

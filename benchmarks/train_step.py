@@ -102,10 +102,18 @@ def check_agreement(ours: nn.Module, theirs: nn.Module, ids: torch.Tensor, toler
     return worst
 
 
-def compare(name: str, dtype: torch.dtype, dropout: float, *, layers: int, rounds: int, autocast_adapters: bool) -> tuple[Row, dict[str, float]]:
+def compare(
+    name: str, dtype: torch.dtype, dropout: float, *, layers: int, rounds: int, autocast_adapters: bool
+) -> tuple[Row, dict[str, float]]:
     frozen = base_model(dtype, layers)
     frozen.requires_grad_(False)
-    arguments = {"r": 16, "lora_alpha": 32, "lora_dropout": dropout, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    arguments = {
+        "r": 16,
+        "lora_alpha": 32,
+        "lora_dropout": dropout,
+        "target_modules": "all-linear",
+        "task_type": "CAUSAL_LM",
+    }
     ours = lorakit.get_peft_model(
         copy.deepcopy(frozen), lorakit.LoraConfig(**arguments), autocast_adapter_dtype=autocast_adapters
     )
@@ -125,7 +133,8 @@ def compare(name: str, dtype: torch.dtype, dropout: float, *, layers: int, round
         rounds=rounds,
     )
     memory = {
-        key: saved_bytes(model, ids) / 2**20 for key, model in (("lorakit", ours), ("PEFT", theirs), ("frozen", frozen))
+        key: saved_bytes(model, ids) / 2**20
+        for key, model in (("lorakit", ours), ("PEFT", theirs), ("frozen", frozen))
     }
     return row, {**memory, "gradient difference": difference}
 
@@ -146,10 +155,17 @@ def main() -> None:
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
     rows, memory = [], {}
-    print(f"{'training step':<36}{'lorakit ms':>11}{'PEFT/lorakit':>15}{'lorakit/frozen':>16}{'saved MiB: lorakit':>20}{'PEFT':>8}{'frozen':>8}")
+    print(
+        f"{'training step':<36}{'lorakit ms':>11}{'PEFT/lorakit':>15}{'lorakit/frozen':>16}{'saved MiB: lorakit':>20}{'PEFT':>8}{'frozen':>8}"
+    )
     for name, dtype, dropout, autocast_adapters in CASES:
         row, saved = compare(
-            name, dtype, dropout, layers=2 if quick else 4, rounds=5 if quick else 15, autocast_adapters=autocast_adapters
+            name,
+            dtype,
+            dropout,
+            layers=2 if quick else 4,
+            rounds=5 if quick else 15,
+            autocast_adapters=autocast_adapters,
         )
         rows.append(row)
         memory[name] = saved

@@ -137,7 +137,17 @@ def measure_import(statement: str) -> dict[str, object]:
 
 def test_import_is_light() -> None:
     modules = measure_import("import lorakit")["modules"]
-    heavy = {"transformers", "peft", "bitsandbytes", "torchao", "accelerate", "typer", "rich", "matplotlib", "hqq"}
+    heavy = {
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "torchao",
+        "accelerate",
+        "typer",
+        "rich",
+        "matplotlib",
+        "hqq",
+    }
     assert not heavy & modules, f"import lorakit loads {sorted(heavy & modules)}"
 
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lorakit.config import LoraConfig, check_adapter_name
-from lorakit.errors import AdapterNameError, AdapterStateError, UnsupportedError
+from lorakit.errors import AdapterStateError, UnsupportedError
 from lorakit.loading import attach_tensors
+from lorakit.surgery import Plan, make_plan
 from lorakit.tasks import PeftModel
-from lorakit.surgery import Plan, find_registry, make_plan
 from lorakit.tuner import check_bare, prepare_config, put_on
 
 if TYPE_CHECKING:
@@ -32,10 +32,10 @@ def get_peft_model(
     model: nn.Module,
     peft_config: LoraConfig,
     adapter_name: str = "default",
-    mixed: bool = False,  # noqa: FBT001, FBT002 - the signature users know
-    autocast_adapter_dtype: bool = True,  # noqa: FBT001, FBT002
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
     revision: str | None = None,
-    low_cpu_mem_usage: bool = False,  # noqa: ARG001, FBT001, FBT002 - always lean here
+    low_cpu_mem_usage: bool = False,  # noqa: ARG001 - always lean here
 ) -> PeftModel:
     """Put a new LoRA adapter on `model` and wrap it; its parameters are the only trainable ones then.
 
@@ -69,7 +69,7 @@ def inject_adapter_in_model(
     peft_config: LoraConfig,
     model: nn.Module,
     adapter_name: str = "default",
-    low_cpu_mem_usage: bool = False,  # noqa: ARG001, FBT001, FBT002 - the signature users know
+    low_cpu_mem_usage: bool = False,  # noqa: ARG001 - the signature users know
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
     """Put an adapter on `model` without wrapping it, and make it active. Returns `model`.

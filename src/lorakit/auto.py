@@ -43,7 +43,7 @@ class AutoPeftModel:
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         adapter_name: str = "default",
-        is_trainable: bool = False,  # noqa: FBT001, FBT002 - the signature users know
+        is_trainable: bool = False,
         config: LoraConfig | None = None,
         revision: str | None = None,
         *,
@@ -67,7 +67,10 @@ class AutoPeftModel:
             config: takes the place of the adapter's config file.
             revision: of the adapter's repository; that of the base is in the config.
             subfolder: where in the repository or folder the adapter is.
-            token, cache_dir, force_download, local_files_only: as in huggingface_hub.
+            token: as in huggingface_hub.
+            cache_dir: as in huggingface_hub.
+            force_download: as in huggingface_hub.
+            local_files_only: as in huggingface_hub.
             strict: False passes over missing and unexpected keys.
             allow_base_weights: accept embeddings that PEFT saves with an adapter whose vocabulary grew.
             allow_base: base models whose own code may run, with `trust_remote_code=True`.
@@ -113,10 +116,14 @@ class AutoPeftModel:
         try:
             import transformers
         except ImportError as error:
-            raise UnsupportedError("loading a base model needs transformers: pip install transformers") from error
+            raise UnsupportedError(
+                "loading a base model needs transformers: pip install transformers"
+            ) from error
         task = cls.task_type or config.task_type
         if cls.task_type and config.task_type not in {None, cls.task_type}:
-            raise ConfigError(f"task_type: {cls.__name__} loads {cls.task_type.value}, the adapter is for {config.task_type}")
+            raise ConfigError(
+                f"task_type: {cls.__name__} loads {cls.task_type.value}, the adapter is for {config.task_type}"
+            )
         if task is not None:
             return getattr(transformers, _AUTO_CLASSES[TaskType(task)])
         return _by_class_name(transformers, config)

@@ -111,7 +111,10 @@ def load_onto(
         for item in registry.tensors(name):
             item.tensor.requires_grad_(name in registry.active and options.is_trainable)
     report = LoadReport(
-        tuple(map(to_file_key, missing)), tuple(keys[key] for key in unexpected), plan.base_weights, plan.notes
+        tuple(map(to_file_key, missing)),
+        tuple(keys[key] for key in unexpected),
+        plan.base_weights,
+        plan.notes,
     )
     return registry, report
 

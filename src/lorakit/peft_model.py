@@ -61,7 +61,11 @@ class PeftModel(nn.Module):
     ) -> None:
         super().__init__()
         check_bare(model)
-        if self.task_type is not None and isinstance(peft_config, LoraConfig) and peft_config.task_type is None:
+        if (
+            self.task_type is not None
+            and isinstance(peft_config, LoraConfig)
+            and peft_config.task_type is None
+        ):
             peft_config = replace(peft_config, task_type=self.task_type)
         self._adopt(put_on(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype))
 
@@ -152,8 +156,8 @@ class PeftModel(nn.Module):
         self,
         adapter_name: str,
         peft_config: LoraConfig,
-        low_cpu_mem_usage: bool = False,  # noqa: ARG002, FBT001, FBT002 - always lean here
-        autocast_adapter_dtype: bool = True,  # noqa: FBT001, FBT002
+        low_cpu_mem_usage: bool = False,  # noqa: ARG002 - always lean here
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         """Put another adapter on the model. It is not active until `set_adapter`, unless it is the only one.
 
@@ -164,7 +168,7 @@ class PeftModel(nn.Module):
             self.get_base_model(), peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype
         )
 
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:  # noqa: FBT001, FBT002
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several at once, active; see `LoraModel.set_adapter`."""
         self.base_model.set_adapter(adapter_name, inference_mode)
 
@@ -192,7 +196,7 @@ class PeftModel(nn.Module):
         """Print the two numbers and their ratio in percent."""
         trainable, total = self.get_nb_trainable_parameters()
         share = 100 * trainable / total if total else 0.0
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")  # noqa: T201
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
         """See `lorakit.get_layer_status`."""
@@ -207,10 +211,10 @@ class PeftModel(nn.Module):
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
-        safe_serialization: bool = True,  # noqa: FBT001, FBT002 - the signature users know
+        safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: bool | str = "auto",
-        is_main_process: bool = True,  # noqa: FBT001, FBT002
+        is_main_process: bool = True,
         **unsupported: Any,
     ) -> None:
         """Write adapters to `adapter_config.json` and `adapter_model.safetensors`, atomically.
@@ -276,9 +280,9 @@ class PeftModel(nn.Module):
         model: nn.Module,
         model_id: str | os.PathLike[str],
         adapter_name: str = "default",
-        is_trainable: bool = False,  # noqa: FBT001, FBT002 - the signature users know
+        is_trainable: bool = False,
         config: LoraConfig | None = None,
-        autocast_adapter_dtype: bool = True,  # noqa: FBT001, FBT002
+        autocast_adapter_dtype: bool = True,
         **options: Any,
     ) -> PeftModel:
         """Load an adapter onto a model.
@@ -309,7 +313,7 @@ class PeftModel(nn.Module):
         self,
         model_id: str | os.PathLike[str],
         adapter_name: str,
-        is_trainable: bool = False,  # noqa: FBT001, FBT002 - the signature users know
+        is_trainable: bool = False,
         *,
         config: LoraConfig | None = None,
         autocast_adapter_dtype: bool = True,
@@ -368,5 +372,7 @@ def _options(options: Mapping[str, Any], **load: Any) -> tuple[LoadOptions, HubO
     more = {name: value for name, value in options.items() if name in LoadOptions.__dataclass_fields__}
     unknown = sorted(set(options) - set(hub) - set(more) - _ALWAYS_SO)
     if unknown:
-        raise TypeError(f"unknown arguments {unknown}; known are {sorted({**HubOptions.__dataclass_fields__, **LoadOptions.__dataclass_fields__})}")
+        raise TypeError(
+            f"unknown arguments {unknown}; known are {sorted({**HubOptions.__dataclass_fields__, **LoadOptions.__dataclass_fields__})}"
+        )
     return LoadOptions(**load, **more), HubOptions(**hub)

@@ -79,5 +79,7 @@ def _model_card(config: LoraConfig) -> str:
     base = config.base_model_name_or_path
     header = ["---", "library_name: peft", "tags:", "- lora", "- lorakit"]
     header += [f"base_model: {base}"] if base and not Path(base).is_absolute() else []
-    body = f"LoRA adapter, rank {config.r}, alpha {config.lora_alpha:g}" + (f", for `{base}`." if base else ".")
+    body = f"LoRA adapter, rank {config.r}, alpha {config.lora_alpha:g}" + (
+        f", for `{base}`." if base else "."
+    )
     return "\n".join([*header, "---", "", body, ""])

@@ -37,11 +37,11 @@ def registry_of(model: nn.Module) -> tuple[AdapterRegistry, str]:
     prefix = ""
     inner = model
     while True:
-        inner = inner._modules.get("_orig_mod") or inner  # noqa: SLF001 - what torch.compile wraps
+        inner = inner._modules.get("_orig_mod") or inner
         if isinstance(inner, LoraModel):
             prefix += "model."
             inner = inner.model
-        base = inner._modules.get("base_model")  # noqa: SLF001 - `inner.base_model` would ask the base model, too
+        base = inner._modules.get("base_model")
         if not isinstance(base, LoraModel):
             break
         prefix += "base_model."
@@ -103,7 +103,9 @@ def set_peft_model_state_dict(
     registry, prefix = registry_of(model)
     own = {prefix + item.file_name: item.tensor for item in registry.tensors(adapter_name)}
     if adapter_name in registry.merged:
-        raise AdapterStateError(f"adapter {adapter_name!r} is merged; call unmerge_adapter() before changing it")
+        raise AdapterStateError(
+            f"adapter {adapter_name!r} is merged; call unmerge_adapter() before changing it"
+        )
     given = peft_model_state_dict
     missing = [key for key in own if key not in given]
     unexpected = [key for key in given if key not in own]

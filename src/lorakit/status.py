@@ -69,7 +69,7 @@ class TunerModelStatus:
     requires_grad: dict[str, bool | Literal["irregular"]]
     available_adapters: list[str]
     devices: dict[str, list[str]]
-    quantization_backend: str | None | Literal["irregular"]
+    quantization_backend: str | Literal["irregular"] | None
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
@@ -91,7 +91,8 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
                 active_adapters=layer.active_adapters,
                 merged_adapters=list(layer.merged_adapters),
                 requires_grad={
-                    name: _one(parameter.requires_grad for parameter in group) for name, group in parameters.items()
+                    name: _one(parameter.requires_grad for parameter in group)
+                    for name, group in parameters.items()
                 },
                 available_adapters=sorted(layer.adapters),
                 devices={
@@ -117,7 +118,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     return TunerModelStatus(
         base_model_type=type(registry.model).__name__,
         adapter_model_type="LoraModel" if prefix else "None",
-        peft_types={name: str(config.peft_type.value) for name, config in registry.configs.items()},
+        peft_types={name: str(config.peft_type) for name, config in registry.configs.items()},
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),
@@ -130,7 +131,8 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         },
         available_adapters=names,
         devices={
-            name: sorted({device for layer in layers for device in layer.devices.get(name, ())}) for name in names
+            name: sorted({device for layer in layers for device in layer.devices.get(name, ())})
+            for name in names
         },
         quantization_backend=_one((layer.quantization_backend for layer in layers), None),
     )

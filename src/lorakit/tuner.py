@@ -17,8 +17,6 @@ from lorakit.surgery.targets import IMPLICIT_HEADS
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import Tensor
-
 
 def prepare_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """The config as it will be stored: with the task's head in `modules_to_save` and the base's name.
@@ -125,7 +123,7 @@ class LoraModel(nn.Module):
         """The same as `active_adapters`."""
         return self.active_adapters
 
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:  # noqa: FBT001, FBT002 - the signature users know
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones and, unless `inference_mode`, the only trainable parameters.
 
         The contributions of several active adapters add up. Merged adapters are unmerged first.
@@ -137,7 +135,7 @@ class LoraModel(nn.Module):
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         self.registry.set_active(names, inference_mode=inference_mode)
 
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:  # noqa: FBT001, FBT002 - the signature users know
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Set the flag on every floating-point tensor of these adapters.
 
         Raises:
@@ -169,7 +167,7 @@ class LoraModel(nn.Module):
 
     # ---- merging ------------------------------------------------------------------------------------
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:  # noqa: ARG002, FBT001, FBT002 - the signature users know
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:  # noqa: ARG002 - the signature users know
         """Add the deltas of these adapters (default: the active ones) to the base weights.
 
         Each weight is accumulated in fp32 and rounded once. Either every layer is merged or none. The original
@@ -186,8 +184,8 @@ class LoraModel(nn.Module):
 
     def merge_and_unload(
         self,
-        progressbar: bool = False,  # noqa: FBT001, FBT002 - the signature users know
-        safe_merge: bool = False,  # noqa: ARG002, FBT001, FBT002
+        progressbar: bool = False,
+        safe_merge: bool = False,  # noqa: ARG002
         adapter_names: Sequence[str] | None = None,
     ) -> nn.Module:
         """Merge adapters (default: the active ones) for good and give the plain model back.

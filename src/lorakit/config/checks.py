@@ -33,7 +33,11 @@ _SHORT.maxstring = _SHORT.maxother = 100
 
 def problem(where: str, value: object, wanted: str) -> str:
     """One line: where, what was found and its type, what was wanted."""
-    return f"{where}: got {_SHORT.repr(value)} ({type(value).__name__}), wanted {wanted}"
+    try:
+        found = _SHORT.repr(value)
+    except ValueError:  # Python prints no int of more than 4,300 digits
+        found = "a number too long to print"
+    return f"{where}: got {found} ({type(value).__name__}), wanted {wanted}"
 
 
 def problems(values: Mapping[str, Any], table: Mapping[str, Check], rules: Sequence[Rule]) -> list[str]:

@@ -150,7 +150,7 @@ class LoraConfig(PeftConfig):
         "modules_to_save": _as_list,
         "init_lora_weights": _as_init,
         "layers_to_transform": _as_list,
-        "layers_pattern": _as_list,
+        "layers_pattern": lambda value: None if value == "" else _as_list(value),
         "rank_pattern": _as_dict,
         "alpha_pattern": _as_dict,
         "trainable_token_indices": _as_list,

@@ -55,7 +55,9 @@ def orthogonal(context: InitContext) -> InitResult:
     """
     r, in_features, out_features = _sizes(context)
     if r % 2:
-        raise PlanError([f"{context.spec.path}: init_lora_weights='orthogonal' needs an even rank, got r={r}"])
+        raise PlanError(
+            [f"{context.spec.path}: init_lora_weights='orthogonal' needs an even rank, got r={r}"]
+        )
     Q = _empty(context, r, r).normal_()
     if not Q.is_meta:
         Q = torch.linalg.qr(Q).Q

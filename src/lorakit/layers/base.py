@@ -92,7 +92,7 @@ class LoraLayer(nn.Module, ABC):
         self._original: WeightState | None = None
         self._merged_state: WeightState | None = None
         self.training = base_layer.training
-        self.register_state_dict_post_hook(_describe_unmerged)
+        self.register_state_dict_post_hook(_describe_unmerged)  # type: ignore[no-untyped-call]
 
     # ---- what a final subclass supplies -------------------------------------------------------------
 
@@ -187,7 +187,7 @@ class LoraLayer(nn.Module, ABC):
         """Whether any adapter is merged."""
         return bool(self.merged_adapters)
 
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:  # noqa: FBT001, FBT002 - the signature users know
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones and, unless `inference_mode`, the trainable ones.
 
         Names that the layer does not have are passed over: an adapter need not be on every layer.
@@ -206,7 +206,7 @@ class LoraLayer(nn.Module, ABC):
             for tensor in self.tensors(name):
                 tensor.parameter.requires_grad_(requires_grad)
 
-    def enable_adapters(self, enabled: bool) -> None:  # noqa: FBT001 - the signature users know
+    def enable_adapters(self, enabled: bool) -> None:
         """Act with the adapters, or as the base; a merged layer gets its original weight for that time."""
         self._enabled = enabled
         self._install()
@@ -255,7 +255,7 @@ class LoraLayer(nn.Module, ABC):
         self.merged_adapters[:] = prepared.names
         self._install()
 
-    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:  # noqa: ARG002, FBT001, FBT002 - the signature users know
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:  # noqa: ARG002 - the signature users know
         """Add the deltas of these adapters (default: the active ones) to the base weight.
 
         Results are always checked to be finite before anything is written, so `safe_merge` changes nothing.
@@ -312,8 +312,12 @@ class LoraLayer(nn.Module, ABC):
 
     def _non_finite(self, names: Sequence[str]) -> NonFiniteError:
         culprits = [name for name in names if not _all_finite(self.factors(name))]
-        what = f"adapter {culprits} holds NaN or infinity" if culprits else "the sum overflows the base's dtype"
-        return NonFiniteError(f"merging {list(names)} would give NaN or infinity: {what}; nothing was changed")
+        what = (
+            f"adapter {culprits} holds NaN or infinity" if culprits else "the sum overflows the base's dtype"
+        )
+        return NonFiniteError(
+            f"merging {list(names)} would give NaN or infinity: {what}; nothing was changed"
+        )
 
     def _check_known(self, names: Iterable[str]) -> None:
         unknown = [name for name in names if name not in self.r]
@@ -363,7 +367,7 @@ def _all_finite(factors: Factors) -> bool:
 def _describe_unmerged(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     """Show the original parameters of a merged layer: its file must not hold the delta twice."""
     assert isinstance(module, LoraLayer)
-    original = module._original  # noqa: SLF001 - a hook of this very class
+    original = module._original
     if original is None:
         return
     for name, parameter in (("weight", original.weight), ("bias", original.bias)):

@@ -17,11 +17,11 @@ def is_observed(module: nn.Module) -> bool:
     (accelerate) or parametrisations (which change the class). Costs some dictionary look-ups.
     """
     return bool(
-        module._forward_hooks  # noqa: SLF001 - the public way to ask is to call the module
-        or module._forward_pre_hooks  # noqa: SLF001
-        or module._backward_hooks  # noqa: SLF001
-        or module._backward_pre_hooks  # noqa: SLF001
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
         or "forward" in module.__dict__
-        or "parametrizations" in module._modules  # noqa: SLF001
-        or _module._has_any_global_hook()  # noqa: SLF001
+        or "parametrizations" in module._modules
+        or _module._has_any_global_hook()
     )

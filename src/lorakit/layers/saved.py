@@ -53,14 +53,14 @@ class ModulesToSaveWrapper(nn.Module):
             AdapterStateError: more than one of them has a copy: two whole modules cannot act at once.
         """
         self._active = single_owner(
-            names, self.modules_to_save, "have their own copy of the same module (modules_to_save)"
+            names, self.adapters, "have their own copy of the same module (modules_to_save)"
         )
         for name, module in self.modules_to_save.items():
             for parameter in module.parameters():
                 trainable = name == self._active and not inference_mode and parameter.is_floating_point()
                 parameter.requires_grad_(trainable)
 
-    def enable_adapters(self, enabled: bool) -> None:  # noqa: FBT001 - the same signature as the layers'
+    def enable_adapters(self, enabled: bool) -> None:
         """Call the active copy, or the original."""
         self._enabled = enabled
 
@@ -68,6 +68,11 @@ class ModulesToSaveWrapper(nn.Module):
         """The state of an adapter's copy, by name inside the module."""
         if name in self.modules_to_save:
             yield from self.modules_to_save[name].state_dict(keep_vars=True).items()
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that have a copy."""
+        return tuple(self.modules_to_save.keys())
 
     @property
     def active_module(self) -> nn.Module:

@@ -73,10 +73,15 @@ class ParameterSlot:
             copy.requires_grad_(trainable)
         self._install()
 
-    def enable_adapters(self, enabled: bool) -> None:  # noqa: FBT001 - the same signature as the layers'
+    def enable_adapters(self, enabled: bool) -> None:
         """Install the active copy, or the original."""
         self._enabled = enabled
         self._install()
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that have a copy."""
+        return tuple(self.copies)
 
     def restore(self) -> None:
         """Give the modules their own parameter back."""

@@ -10,8 +10,7 @@ import torch
 
 from lorakit.errors import AdapterNameError
 from lorakit.init import InitContext, initialise
-from lorakit.layers import ParameterSlot, ModulesToSaveWrapper, kind_of
-from lorakit.layers import Place
+from lorakit.layers import ModulesToSaveWrapper, ParameterSlot, Place, kind_of
 from lorakit.surgery.registry import AdapterRegistry, base_parameter_file_name, find_registry, set_registry
 from lorakit.types import Factors
 from lorakit.weights import find_codec
@@ -173,7 +172,7 @@ def _freeze(registry: AdapterRegistry) -> None:
     named = list(registry.model.named_parameters(remove_duplicate=False))
     registry.flags = {name: parameter.requires_grad for name, parameter in named}
     for _, parameter in named:
-        parameter.requires_grad_(False)
+        parameter.requires_grad_(requires_grad=False)
 
 
 def thaw(registry: AdapterRegistry) -> None:

@@ -76,7 +76,7 @@ def describe(model: nn.Module) -> Description:
         base = layer.base_layer if layer is not None else module
         nodes[path] = Node(path, base, kind_of(base), layer, () if place is None else (place,))
         if layer is None:
-            children = reversed(list(module._modules.items()))  # noqa: SLF001 - named_children() hides shared ones
+            children = reversed(list(module._modules.items()))
             stack += [
                 (f"{path}.{name}" if path else name, child, Place(module, name))
                 for name, child in children

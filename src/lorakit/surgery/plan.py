@@ -128,7 +128,9 @@ def make_plan(
             specs += _spec(node, resolved, matcher, problems, autocast_adapter_dtype=autocast_adapter_dtype)
     loose += matcher.unused()
     if not specs and not problems:
-        problems.append("target_modules matches no module of this model" + near_targets(resolved, description))
+        problems.append(
+            "target_modules matches no module of this model" + near_targets(resolved, description)
+        )
     problems += loose if source == "user" else []
     if problems:
         raise PlanError(problems)
@@ -138,7 +140,11 @@ def make_plan(
 
 
 def _plan(
-    config: LoraConfig, specs: list[AdapterSpec], whole: dict[str, nn.Module], notes: list[str], description: Description
+    config: LoraConfig,
+    specs: list[AdapterSpec],
+    whole: dict[str, nn.Module],
+    notes: list[str],
+    description: Description,
 ) -> Plan:
     saved = [parameter for module in whole.values() for parameter in module.parameters()]
     biases = trained_biases(description, config, {spec.path for spec in specs}, whole)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lorakit.config import LoraConfig
-    from lorakit.layers import ParameterSlot, LoraLayer, ModulesToSaveWrapper
+    from lorakit.layers import LoraLayer, ModulesToSaveWrapper, ParameterSlot
     from lorakit.layers.slot import Place
 
 _ATTRIBUTE = "_lorakit_registry"
@@ -86,18 +86,22 @@ class AdapterRegistry:
         """
         names = tuple(dict.fromkeys(names))
         self.check_known(names)
-        for wrapper in self.saved.values():
-            single_owner(names, wrapper.modules_to_save, "have their own copy of the same module")
-        for slot in self.slots.values():
-            single_owner(names, slot.copies, "replace the same parameter of the base model")
+        owners: tuple[ModulesToSaveWrapper | ParameterSlot, ...] = (
+            *self.saved.values(),
+            *self.slots.values(),
+        )
+        for owner in owners:
+            single_owner(names, owner.adapters, "own the same module or parameter of the base model")
         if self.merged:
             warnings.warn(f"unmerging {list(self.merged)} to change the active adapters", stacklevel=3)
             self.unmerge()
         self.active = names
         for layer in self.layers.values():
             layer.set_adapter(names, inference_mode=inference_mode)
-        for owner in (*self.saved.values(), *self.slots.values()):
-            owner.set_adapter(names, inference_mode=inference_mode)
+        for wrapper in self.saved.values():
+            wrapper.set_adapter(names, inference_mode=inference_mode)
+        for slot in self.slots.values():
+            slot.set_adapter(names, inference_mode=inference_mode)
 
     def set_enabled(self, *, enabled: bool) -> None:
         """Let the adapters act, or the base alone."""
@@ -176,9 +180,13 @@ class AdapterRegistry:
         remaining = tuple(active for active in self.active if active != name)
         if remaining != self.active and not remaining and self.configs:
             remaining = (next(iter(self.configs)),)
-            warnings.warn(f"the active adapter {name!r} was deleted; {remaining[0]!r} is active now", stacklevel=4)
+            warnings.warn(
+                f"the active adapter {name!r} was deleted; {remaining[0]!r} is active now", stacklevel=4
+            )
         if remaining != self.active:
-            self.set_active(remaining, inference_mode=any(self.configs[key].inference_mode for key in remaining))
+            self.set_active(
+                remaining, inference_mode=any(self.configs[key].inference_mode for key in remaining)
+            )
 
     def discard(self, name: str) -> None:
         """Take off whatever there is of an adapter, also when it was put on only in part."""

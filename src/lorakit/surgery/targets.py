@@ -41,18 +41,12 @@ def resolve_targets(
     known = TARGET_MODULES.get(model_type or "")
     if known is None:
         names = sorted({node.path.rpartition(".")[2] for node in description.nodes.values() if node.kind})
-        raise PlanError(
-            [
-                f"target_modules is None and there is no default for model type {model_type!r}; pass "
-                f'target_modules="all-linear" or some of these names: {names}'
-            ]
-        )
+        why = f"target_modules is None and there is no default for model type {model_type!r}"
+        raise PlanError([f'{why}; pass target_modules="all-linear" or some of these names: {names}'])
     return known if isinstance(known, str) else set(known)
 
 
-def _all_linear(
-    description: Description, config: LoraConfig, trained_whole: Collection[str]
-) -> set[str]:
+def _all_linear(description: Description, config: LoraConfig, trained_whole: Collection[str]) -> set[str]:
     """Every linear layer but the head that makes the model's output."""
     head = description.output_embedding()
     heads = SEQ_CLS_HEADS if head is None and config.task_type == TaskType.SEQ_CLS else ()

@@ -86,7 +86,7 @@ def _untie(registry: AdapterRegistry, paths: list[str]) -> None:
     if not paths:
         return
     config = getattr(registry.model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
+    if config is not None and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
         warnings.warn(
             f"{paths} shared a weight with another module; the merged weight is its own now, and "

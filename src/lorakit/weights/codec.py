@@ -55,8 +55,9 @@ class WeightCodec(Protocol):
         """What `swap` needs to give `base` the weight `W` (out, in); `base` keeps its own until then."""
 
     def merged(self, base: nn.Module, state: WeightState, factors: Sequence[Factors]) -> WeightState:
-        """`state` with the factors' deltas added, accumulated in fp32 and rounded once; `base` is only asked
-        how it stores a weight.
+        """`state` with the factors' deltas added, accumulated in fp32 and rounded once.
+
+        `base` itself is only asked how it stores a weight.
         """
 
     def swap(self, base: nn.Module, state: WeightState) -> WeightState:

@@ -1,0 +1,176 @@
+"""When the hub is asked, for what, and when it is not; without a network."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from lorakit.checkpoint.hub import push_folder, resolve_adapter
+from lorakit.checkpoint.layout import pending_config_name
+from lorakit.checkpoint.reading import open_adapter
+from lorakit.errors import AdapterNotFoundError, AdapterStateError
+
+COMMIT = "c" * 40
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    """Each download that was asked for; the repository has what `has` names."""
+    log = SimpleNamespace(asked=[], has={"adapter_config.json", "adapter_model.safetensors"}, error=None)
+    signature = inspect.signature(huggingface_hub.hf_hub_download)
+
+    def download(*args, **kwargs):
+        asked = signature.bind(*args, **kwargs).arguments
+        log.asked.append(asked)
+        if log.error:
+            raise log.error
+        if asked["filename"] not in log.has:
+            raise errors.EntryNotFoundError(f"no {asked['filename']}")
+        return str(
+            tmp_path / "models--u--n/snapshots" / COMMIT / (asked["subfolder"] or "") / asked["filename"]
+        )
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return log
+
+
+@pytest.mark.parametrize("subfolder", [None, "sub", "sub/deeper/"])
+def test_downloads_two_files_of_one_commit(calls, tmp_path, subfolder):
+    found = resolve_adapter(
+        "u/n", subfolder=subfolder, revision="main", token="t", cache_dir=tmp_path, force_download=True
+    )
+    inside = (subfolder or "").strip("/")
+    assert found == tmp_path / "models--u--n/snapshots" / COMMIT / inside
+    assert [(row["filename"], row["revision"]) for row in calls.asked] == [
+        ("adapter_config.json", "main"),
+        ("adapter_model.safetensors", COMMIT),
+    ]
+    for row in calls.asked:
+        assert (row["repo_id"], row["subfolder"], row["token"]) == ("u/n", inside or None, "t")
+        assert (row["force_download"], row["local_files_only"], row["cache_dir"]) == (True, False, tmp_path)
+
+
+def test_pickle_only_if_allowed(calls):
+    calls.has = {"adapter_config.json", "adapter_model.bin"}
+    with pytest.raises(AdapterNotFoundError, match="u/n"):
+        resolve_adapter("u/n")
+    assert len(calls.asked) == 2
+    resolve_adapter("u/n", allow_pickle_bin=True)
+    assert calls.asked[-1]["filename"] == "adapter_model.bin"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/no/where", "./no", "../no", "~/no", "a\\b", "a/b/c", ".", "..", Path("u/n"), "C:\\x"],
+    ids=str,
+)
+def test_what_looks_like_a_path_is_never_asked_for(calls, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    if name in (".", ".."):
+        assert resolve_adapter(name) == Path(name)
+    else:
+        with pytest.raises(AdapterNotFoundError):
+            resolve_adapter(name)
+    assert calls.asked == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "broken link"])
+def test_what_exists_is_never_asked_for(calls, monkeypatch, tmp_path, kind):
+    monkeypatch.chdir(tmp_path)
+    Path("u").mkdir()
+    {
+        "folder": Path("u/n").mkdir,
+        "file": Path("u/n").touch,
+        "broken link": lambda: Path("u/n").symlink_to("x"),
+    }[kind]()
+    folder = resolve_adapter("u/n")
+    assert folder == Path("u/n")
+    with pytest.raises(AdapterNotFoundError):
+        open_adapter(folder)
+    assert calls.asked == []
+
+
+@pytest.mark.parametrize("subfolder", ["..", "a/../..", "/etc", "a\\..\\b", "C:x"])
+@pytest.mark.parametrize("name", ["u/n", "."])
+def test_subfolders_stay_inside(calls, name, subfolder):
+    with pytest.raises(AdapterNotFoundError, match="stays inside"):
+        resolve_adapter(name, subfolder=subfolder)
+    assert calls.asked == []
+
+
+def test_local_subfolders(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "out").symlink_to(tmp_path)
+    assert resolve_adapter(tmp_path / "a", subfolder="b") == tmp_path / "a" / "b"
+    assert resolve_adapter(str(tmp_path / "a"), subfolder="") == tmp_path / "a"
+    with pytest.raises(AdapterNotFoundError, match="symbolic link"):
+        resolve_adapter(tmp_path / "a", subfolder="out")
+
+
+RESPONSE = SimpleNamespace(headers={}, request=None)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.RepositoryNotFoundError("404", response=RESPONSE),
+        errors.RevisionNotFoundError("404", response=RESPONSE),
+        errors.GatedRepoError("403", response=RESPONSE),
+        errors.LocalEntryNotFoundError("offline"),
+        errors.HFValidationError("bad name"),
+        ConnectionError("down"),
+        OSError(28, "No space left"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_every_failure_is_one_error(calls, error):
+    calls.error = error
+    with pytest.raises(
+        AdapterNotFoundError, match=f"u/n: neither a local folder.*{type(error).__name__}"
+    ) as caught:
+        resolve_adapter("u/n")
+    assert caught.value.__cause__ is error
+    assert len(calls.asked) == 1
+
+
+class Api:
+    def __init__(self, token=None):
+        self.log = [("token", token)]
+        Api.last = self
+
+    def create_repo(self, repo_id, **options):
+        self.log.append(("create", repo_id, options))
+
+    def upload_folder(self, **options):
+        self.log.append(("upload", options))
+        return SimpleNamespace(
+            commit_url="http://commit", pr_url="http://pr" if options["create_pr"] else None
+        )
+
+
+@pytest.mark.parametrize(("create_pr", "url"), [(False, "http://commit"), (True, "http://pr")])
+def test_push(saved, monkeypatch, create_pr, url):
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert push_folder(saved, "u/n", private=True, token="t", create_pr=create_pr, commit_message="m") == url
+    token, create, upload = Api.last.log
+    assert token == ("token", "t")
+    assert create == ("create", "u/n", {"private": True, "exist_ok": True})
+    assert upload[1]["allow_patterns"] == ["adapter_config.json", "adapter_model.safetensors", "README.md"]
+    assert (upload[1]["folder_path"], upload[1]["commit_message"]) == (str(saved), "m")
+    known = inspect.signature(huggingface_hub.HfApi.upload_folder.__wrapped__).parameters
+    assert set(upload[1]) <= set(known)
+
+
+def test_push_refuses_half_a_save(saved, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "HfApi", None)
+    digest = open_adapter(saved).metadata["lorakit.digest"]
+    (saved / "adapter_config.json").rename(saved / pending_config_name(digest))
+    with pytest.raises(AdapterStateError, match="save the adapter again"):
+        push_folder(saved, "u/n")
+    with pytest.raises(AdapterNotFoundError):
+        push_folder(saved / "nowhere", "u/n")

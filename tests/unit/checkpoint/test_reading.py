@@ -1,0 +1,142 @@
+"""Which config counts, what is loaded, and what PEFT makes of our files."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import safetensors.torch
+import torch
+
+from lorakit.checkpoint.layout import pending_config_name
+from lorakit.checkpoint.reading import open_adapter, read_config_dict
+from lorakit.checkpoint.writing import write_adapter
+from lorakit.errors import AdapterFormatError, AdapterNotFoundError
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+def test_round_trip(saved, config, tensors):
+    adapter = open_adapter(saved)
+    assert adapter.config == config | {"target_modules": ["q", "v"]} == read_config_dict(saved)
+    assert adapter.metadata["format"] == "pt"
+    assert not adapter.repaired
+    assert (adapter.weights_path, adapter.config_path) == (saved / WEIGHTS, saved / CONFIG)
+    loaded = adapter.load()
+    assert loaded.keys() == tensors.keys() == adapter.tensors.keys()
+    for key, tensor in tensors.items():
+        assert loaded[key].dtype == tensor.dtype == adapter.tensors[key].dtype
+        assert loaded[key].shape == tensor.shape == adapter.tensors[key].shape
+        assert adapter.tensors[key].nbytes == tensor.nbytes
+        assert torch.equal(loaded[key], tensor)
+
+
+def test_some_keys(saved, tensors):
+    keys = list(tensors)[2:0:-1]
+    for checked in (True, False):
+        loaded = open_adapter(saved).load(keys, check_digest=checked, device=torch.device("cpu"))
+        assert list(loaded) == keys
+        assert all(torch.equal(loaded[key], tensors[key]) for key in keys)
+    with pytest.raises(AdapterFormatError, match="nope"):
+        open_adapter(saved).load(["nope"])
+
+
+def test_loaded_tensors_do_not_follow_the_file(saved, tensors):
+    loaded = open_adapter(saved).load()
+    with (saved / WEIGHTS).open("r+b") as file:
+        file.seek(-64, 2)
+        file.write(b"\1" * 64)
+    assert all(torch.equal(loaded[key], tensors[key]) for key in tensors)
+
+
+def test_safetensors_reads_ours_and_we_read_its(saved, config, tensors, tmp_path):
+    theirs = safetensors.torch.load_file(saved / WEIGHTS)
+    assert all(torch.equal(theirs[key], tensors[key]) for key in tensors)
+    safetensors.torch.save_file(tensors, saved / WEIGHTS)
+    ours = open_adapter(saved).load()
+    assert all(torch.equal(ours[key], tensors[key]) for key in tensors)
+
+
+def test_an_edited_config_counts_and_is_told(saved, config):
+    edited = config | {"target_modules": ["q", "v"], "r": 99, "new": 1}
+    (saved / CONFIG).write_text(json.dumps(edited))
+    with pytest.warns(UserWarning, match="changed after the adapter was saved .*'new', 'r'"):
+        adapter = open_adapter(saved)
+    assert adapter.config == edited
+    assert not adapter.repaired
+    adapter.load()
+
+
+def test_another_layout_of_the_same_config_is_no_change(saved, config):
+    (saved / CONFIG).write_text(json.dumps(config | {"target_modules": ["q", "v"]}))
+    assert open_adapter(saved).config["r"] == 4
+
+
+def test_a_config_broken_by_hand_is_an_error(saved):
+    (saved / CONFIG).write_text('{"r": ')
+    with pytest.raises(AdapterFormatError, match="not valid JSON"):
+        open_adapter(saved)
+
+
+@pytest.mark.parametrize("read", [read_config_dict, lambda folder: open_adapter(folder).config])
+@pytest.mark.parametrize("state", ["missing", "old", "empty"])
+def test_a_cut_save_is_repaired(saved, config, state, read):
+    digest = open_adapter(saved).metadata["lorakit.digest"]
+    (saved / CONFIG).rename(saved / pending_config_name(digest))
+    if state != "missing":
+        (saved / CONFIG).write_text('{"r": 1}' if state == "old" else "")
+        with pytest.warns(UserWarning, match="a save was cut"):
+            found = read(saved)
+    else:
+        found = read(saved)
+    assert found == config | {"target_modules": ["q", "v"]}
+    write_adapter(saved, config, {})
+    assert sorted(path.name for path in saved.iterdir()) == [CONFIG, WEIGHTS]
+
+
+def test_a_temporary_config_of_other_weights_does_not_count(saved):
+    (saved / pending_config_name("sha256:" + "0" * 64)).write_text('{"r": 1}')
+    (saved / CONFIG).write_text('{"r": 7}')
+    with pytest.warns(UserWarning, match="changed after"):
+        assert open_adapter(saved).config == {"r": 7}
+
+
+def test_no_config_anywhere(saved, tensors):
+    safetensors.torch.save_file(tensors, saved / WEIGHTS)
+    (saved / CONFIG).unlink()
+    with pytest.raises(AdapterNotFoundError, match="carries no copy"):
+        open_adapter(saved)
+    (saved / WEIGHTS).unlink()
+    with pytest.raises(AdapterNotFoundError, match=CONFIG):
+        read_config_dict(saved)
+
+
+def test_a_config_without_weights_is_readable(saved):
+    (saved / WEIGHTS).unlink()
+    assert read_config_dict(saved)["r"] == 4
+
+
+def test_peft_loads_our_folder(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def base():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+
+    theirs = peft.get_peft_model(
+        base(), peft.LoraConfig(r=4, target_modules=["0", "2"], init_lora_weights=False)
+    )
+    tensors = peft.get_peft_model_state_dict(theirs)
+    config = theirs.peft_config["default"].to_dict() | {"peft_type": "LORA", "inference_mode": True}
+    write_adapter(tmp_path / "a", config, tensors)
+    x = torch.randn(3, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = peft.PeftModel.from_pretrained(base(), str(tmp_path / "a"))
+    assert torch.equal(again(x), theirs(x))
+    theirs.save_pretrained(tmp_path / "b")
+    loaded = open_adapter(tmp_path / "b").load()
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[key], tensors[key]) for key in tensors)
