@@ -69,7 +69,7 @@ class TunerModelStatus:
     requires_grad: dict[str, bool | Literal["irregular"]]
     available_adapters: list[str]
     devices: dict[str, list[str]]
-    quantization_backend: str | Literal["irregular"] | None
+    quantization_backend: str | None
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:

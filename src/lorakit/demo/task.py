@@ -143,7 +143,9 @@ def _split(pools: dict[tuple[str, int], list[str]], side: str, size: int) -> Spl
         if of == side
         for text in sorted(pool, key=_hash)[:size]
     ]
-    rows.sort(key=lambda row: _hash("mix " + row[0]))  # the hash that chose the texts would put rare labels last
+    rows.sort(
+        key=lambda row: _hash("mix " + row[0])
+    )  # the hash that chose the texts would put rare labels last
     return Split(tuple(text for text, _ in rows), tuple(label for _, label in rows))
 
 

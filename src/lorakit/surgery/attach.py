@@ -172,7 +172,7 @@ def _freeze(registry: AdapterRegistry) -> None:
     named = list(registry.model.named_parameters(remove_duplicate=False))
     registry.flags = {name: parameter.requires_grad for name, parameter in named}
     for _, parameter in named:
-        parameter.requires_grad_(requires_grad=False)
+        parameter.requires_grad = False
 
 
 def thaw(registry: AdapterRegistry) -> None:

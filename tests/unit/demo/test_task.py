@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from lorakit.demo.task import LABEL_NAMES, MASK, Task, _masked_lines, build_task
+from lorakit.demo.task import LABEL_NAMES, MASK, Task, _distinct_lines, _masked_lines, build_task
 from lorakit.errors import UnsupportedError
 
 
@@ -112,17 +112,12 @@ def test_a_module_lies_whole_on_one_side(library):
 
 def test_repeated_and_ambiguous_texts(library):
     for path in library.iterdir():
-        path.write_text(path.read_text() + "same >= 1\nboth == 1\n" * 2)
+        path.write_text("same == 1\nboth == 1\n" * 2 + path.read_text())
     (library / "z.py").write_text("both is 1\n")
-    train, test = count_sides(library)
-    # "same" is the one text more that the first module, m0, brings to its side; "both" has two labels
-    orders = [
-        build_task(standard_library=library, train_per_label=train, test_per_label=test - more)
-        for more in (0, 1)
-    ]
-    texts = [text for task in orders for split in (task.train, task.test) for text in split.texts]
-    assert not any(text.startswith("both") for text in texts)
-    assert all(texts[: len(texts) // 2].count(text) <= 1 for text in texts)
+    found = _distinct_lines(library)
+    assert found["same [MASK] 1"] == ("m0", 0)  # once, on the side of its first module
+    assert "both [MASK] 1" not in found
+    assert len(found) == 4 * 40 + 1
 
 
 @pytest.mark.parametrize("folder", ["test", "site-packages", "tkinter", "json/tests"])

@@ -332,6 +332,9 @@ def test_a_backward_inside_autocast_computes_as_the_forward_did():
 
 
 @OPS
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script. is deprecated:DeprecationWarning"
+)  # torch's own, inside jvp
 def test_function_transforms_and_forward_mode(op):
     W, b = make_base(F64)
     x, (term,) = make_x((6, IN), F64, grad=False), make_terms(dtype=F64, grad=False)
