@@ -24,13 +24,12 @@ if TYPE_CHECKING:
         CordaConfig,
         EvaConfig,
         LoftQConfig,
-        LoraConfig,
         LoraGAConfig,
         LoraRuntimeConfig,
-        PeftConfig,
         PeftType,
         TaskType,
     )
+    from lorakit.configs import LoraConfig, PeftConfig
     from lorakit.errors import (
         AdapterError,
         AdapterFormatError,
@@ -77,13 +76,12 @@ _HOMES = {
         "CordaConfig",
         "EvaConfig",
         "LoftQConfig",
-        "LoraConfig",
         "LoraGAConfig",
         "LoraRuntimeConfig",
-        "PeftConfig",
         "PeftType",
         "TaskType",
     ),
+    "configs": ("LoraConfig", "PeftConfig"),
     "errors": (
         "AdapterError",
         "AdapterFormatError",

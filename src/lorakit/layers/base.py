@@ -230,7 +230,10 @@ class LoraLayer(nn.Module, ABC):
         everything = (*self.merged_adapters, *new)
         factors = [self.factors(name) for name in everything]
         state = self.codec.merged(self.base_layer, self._original_state(), factors)
-        if not (state.weight.isfinite().all() and (state.bias is None or state.bias.isfinite().all())):
+        # BLAS may treat a product with alpha = NaN as no product, so the scalings are looked at themselves
+        numbers = [torch.tensor(part.scaling) for part in factors]
+        tensors = [state.weight, *numbers] + ([] if state.bias is None else [state.bias])
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
             raise self._non_finite(everything)
         return PreparedMerge(self, everything, state)
 
@@ -360,7 +363,8 @@ _FOR_GOOD = (
 
 
 def _all_finite(factors: Factors) -> bool:
-    tensors = [factors.A, factors.B] + ([] if factors.bias is None else [factors.bias])
+    tensors = [factors.A, factors.B, torch.tensor(factors.scaling)]
+    tensors += [] if factors.bias is None else [factors.bias]
     return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 

@@ -216,7 +216,7 @@ def _trained_whole(description: Description, config: LoraConfig, loose: list[str
     candidates |= {path: wrapper.original_module for path, wrapper in description.saved.items()}
     implicit = IMPLICIT_HEADS.get(config.task_type or "", ())
     for entry in config.modules_to_save or ():
-        hits = [path for path in candidates if path == entry or path.endswith("." + entry)]
+        hits = [path for path in candidates if path.endswith(entry)]  # as PEFT: "norm" means every "...norm"
         if not hits and entry not in implicit:
             loose.append(f"modules_to_save: {entry!r} matches no module" + NearNames(candidates)(entry))
         found.update({path: candidates[path] for path in hits})

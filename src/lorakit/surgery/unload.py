@@ -51,6 +51,10 @@ def merge_and_unload(
             layer.check_merge(wanted)
     if not registry.enabled:
         registry.set_enabled(enabled=True)
+    for wrapper in registry.saved.values():
+        wrapper.set_adapter(wanted, inference_mode=True)
+    for slot in registry.slots.values():  # before the merge: it adds lora_B's bias to the adapter's own
+        slot.set_adapter(wanted, inference_mode=True)
     tied = _tied_weights(registry)
     for path, layer in progress(registry.layers.items()):
         with at_path(path):
@@ -58,10 +62,6 @@ def merge_and_unload(
         if prepared is not None:
             layer.commit_merge_for_good(prepared)
     _untie(registry, [path for path in tied if registry.layers[path].merged])
-    for wrapper in registry.saved.values():
-        wrapper.set_adapter(wanted, inference_mode=True)
-    for slot in registry.slots.values():
-        slot.set_adapter(wanted, inference_mode=True)
     return _take_off(registry, {path: wrapper.active_module for path, wrapper in registry.saved.items()})
 
 
