@@ -71,7 +71,9 @@ class PeftModel(nn.Module):
 
     def _adopt(self, registry: AdapterRegistry) -> None:
         self.base_model = LoraModel.of(registry)
-        if getattr(registry.model, "is_gradient_checkpointing", False):
+        if any(
+            getattr(module, "gradient_checkpointing", False) is True for module in registry.model.modules()
+        ):
             self._let_inputs_require_grad()
 
     @classmethod

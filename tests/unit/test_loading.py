@@ -212,7 +212,7 @@ def test_replace_that_fails_late_brings_the_former_back(saved, monkeypatch):
 
 
 def test_embeddings_that_came_with_the_adapter(tmp_path):
-    first = with_adapter(tiny_llama())
+    first = with_adapter(tiny_llama(), target_modules=["q_proj"])
     with torch.no_grad():
         first.get_base_model().model.embed_tokens.weight.add_(0.5)
     first.save_pretrained(tmp_path, save_embedding_layers=True)
@@ -299,7 +299,7 @@ def test_auto_on_local_folders(tmp_path, offline, auto, build, changes):
 
 
 def test_auto_runs_no_code_that_the_adapter_chose(tmp_path, offline):
-    stored(tmp_path, tiny_llama(), task_type="CAUSAL_LM")
+    stored(tmp_path, tiny_llama(), task_type="CAUSAL_LM", target_modules=["q_proj"])
     with pytest.raises(UnsupportedError, match="allow_base"):
         AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", trust_remote_code=True)
     with pytest.raises(ConfigError, match="task_type"):

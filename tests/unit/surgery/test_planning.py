@@ -62,7 +62,7 @@ def test_a_shared_module_gets_one_adapter_in_both_places():
 ERRORS = {
     "one entry among several": ({"target_modules": ["q_proj", "v_projj"]}, ["target_modules", "'v_projj'", "v_proj"]),
     "nothing matches": ({"target_modules": ["query"]}, ["target_modules", "matches no module"]),
-    "pattern": ({"target_modules": r".*\.qq"}, ["target_modules", ".*\\.qq", "matches no module"]),
+    "pattern": ({"target_modules": ".*_qq"}, ["target_modules", ".*_qq", "matches no module"]),
     "unsupported type": ({"target_modules": ["embed"]}, ["embed: Embedding cannot carry", "nn.Linear"]),
     "rank_pattern": ({"rank_pattern": {"down": 2}}, ["rank_pattern", "'down'"]),
     "alpha_pattern": ({"alpha_pattern": {"q_prj": 2}}, ["alpha_pattern", "'q_prj'", "q_proj"]),

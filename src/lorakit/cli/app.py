@@ -1,0 +1,39 @@
+"""The verbs, and what an error looks like: one message without a traceback."""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+
+from lorakit.cli.demo import demo
+from lorakit.errors import AdapterError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, help="LoRA adapters for PyTorch models.")
+
+
+@app.callback()
+def _root() -> None:
+    """LoRA adapters for PyTorch models."""
+
+
+def _verb(run: Callable[..., None]) -> Callable[..., None]:
+    """The verb, with lorakit's own errors and the disk's told in one message."""
+
+    @wraps(run)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            run(*args, **kwargs)
+        except (AdapterError, OSError) as error:
+            Console(stderr=True).print(f"lorakit: {error}", style="red", markup=False, highlight=False)
+            raise typer.Exit(1) from error
+
+    return guarded
+
+
+app.command()(_verb(demo))
