@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RANK, ALPHA = 16, 32
+# without bf16 arithmetic one bf16 product of these sizes takes seconds, and says nothing of the layers
+DTYPES = "float32,bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 AGREE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}  # relative, Frobenius
 
 
@@ -104,8 +106,11 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--shapes", default="1024x1024,2816x1024,4096x4096", help="in x out, comma-separated")
-    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--dtypes", default=DTYPES)
+    parser.add_argument("--quick", action="store_true", help="fp32 at the smaller shapes, few repeats")
     args = parser.parse_args()
+    if args.quick:
+        args.repeats, args.shapes, args.dtypes = 5, "1024x1024,2816x1024", "float32"
     torch.set_num_threads(1)
     shapes = [tuple(int(n) for n in shape.split("x")) for shape in args.shapes.split(",")]
     print(

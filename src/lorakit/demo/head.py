@@ -70,6 +70,6 @@ def _solve(embeddings: Tensor, labels: Tensor, count: int, penalty: float) -> He
         torch.autograd.backward(value)
         return value
 
-    solver.step(loss)  # type: ignore[no-untyped-call]
+    solver.step(loss)
     scaled = weight.detach() / deviation
     return Head(scaled.float(), (bias.detach() - scaled @ mean).float())

@@ -67,8 +67,11 @@ def model_folder() -> Path:
 def load_classifier(labels: int) -> Classifier:
     """A fresh pretrained encoder with an untrained head, fp32, in eval mode."""
     from transformers import AutoModel
+    from transformers.utils import logging
 
-    encoder = AutoModel.from_pretrained(model_folder(), add_pooling_layer=False, local_files_only=True)
+    logging.disable_progress_bar()  # a bar of its own for half a second would tear ours
+    encoder = AutoModel.from_pretrained(model_folder(), local_files_only=True)
+    encoder.pooler = None  # the mean over the tokens takes its place
     return Classifier(encoder, encoder.config.hidden_size, labels).eval()
 
 

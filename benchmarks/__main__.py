@@ -1,0 +1,18 @@
+"""All benchmarks, one process each: `python -m benchmarks [--quick]`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+BENCHMARKS = ("train_step", "one_layer")
+
+
+def main() -> None:
+    for name in BENCHMARKS:
+        print(f"\n== {name}", flush=True)
+        subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *sys.argv[1:]], check=True)
+
+
+if __name__ == "__main__":
+    main()
