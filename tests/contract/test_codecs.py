@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import Snapshot, random_factors
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.weights import CODECS, find_codec
+from models import Snapshot, random_factors
 
 SHAPE = (96, 128)  # (out, in)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -161,7 +161,10 @@ def test_bias_rule(codec, make, dtype):
     state = codec.state(base)
     without = codec.merged(base, state, [random_factors(SHAPE)])
     assert without.bias is base.bias
-    two = [random_factors(SHAPE, bias=True, scaling=2.0), random_factors(SHAPE, bias=True, scaling=-0.5, seed=9)]
+    two = [
+        random_factors(SHAPE, bias=True, scaling=2.0),
+        random_factors(SHAPE, bias=True, scaling=-0.5, seed=9),
+    ]
     merged = codec.merged(base, state, two)
     if base.bias is None:
         assert merged.bias is None

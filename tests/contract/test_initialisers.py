@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from models import bits, spec_of
 
 from lorakit.errors import PlanError
 from lorakit.init import INITIALISERS, InitContext, initialise
 from lorakit.init.registry import initialiser_name
+from models import bits, spec_of
 
 SHAPE, R = (200, 300), 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -111,7 +111,10 @@ def test_the_same_numbers_in_every_dtype(name, dtype):
 @each
 def test_distribution(name):
     promise, factors = PROMISES[name], make(name).factors
-    for tensor, bound, std in ((factors.A, promise.A_bound, promise.A_std), (factors.B, promise.B_bound, promise.B_std)):
+    for tensor, bound, std in (
+        (factors.A, promise.A_bound, promise.A_std),
+        (factors.B, promise.B_bound, promise.B_std),
+    ):
         if bound is not None:
             assert tensor.abs().max() <= bound
         # orthogonal has only one small random matrix: its halves vary more than the elements of a plain draw
@@ -126,7 +129,8 @@ def test_orthogonal_needs_an_even_rank(r):
 
 
 @pytest.mark.parametrize(
-    ("value", "name"), [(True, "default"), (False, "random"), ("gaussian", "gaussian"), ("orthogonal", "orthogonal")]
+    ("value", "name"),
+    [(True, "default"), (False, "random"), ("gaussian", "gaussian"), ("orthogonal", "orthogonal")],
 )
 def test_names_of_config_values(value, name):
     assert initialiser_name(value) == name

@@ -8,13 +8,13 @@ import pickle
 
 import pytest
 import torch
-from models import Snapshot, bits, random_factors, spec_of
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import AdapterNameError, AdapterStateError, NonFiniteError, UnsupportedError
 from lorakit.layers import LAYER_KINDS, kind_of
 from lorakit.weights import find_codec
+from models import Snapshot, bits, random_factors, spec_of
 
 OUT, IN = 10, 12
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -38,7 +38,9 @@ each = pytest.mark.parametrize("kind", LAYER_KINDS, ids=lambda kind: kind.name)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
-def make(kind, dtype=torch.float32, names=("a",), *, bias=True, adapter_dtype=None, dropout=0.0, lora_bias=False):
+def make(
+    kind, dtype=torch.float32, names=("a",), *, bias=True, adapter_dtype=None, dropout=0.0, lora_bias=False
+):
     """A layer with active adapters of ranks 2, 3, 4 …, and an effect as large as the base's."""
     torch.manual_seed(1)
     base = BASES[kind.name](bias).to(dtype)
@@ -46,14 +48,18 @@ def make(kind, dtype=torch.float32, names=("a",), *, bias=True, adapter_dtype=No
     adapter_dtype = adapter_dtype or dtype
     for n, name in enumerate(names):
         spec = spec_of((OUT, IN), adapter_dtype, r=2 + n, alpha=3.0, dropout=dropout, lora_bias=lora_bias)
-        part = random_factors((OUT, IN), adapter_dtype, r=2 + n, scaling=spec.scaling, bias=lora_bias, seed=n, size=0.4)
+        part = random_factors(
+            (OUT, IN), adapter_dtype, r=2 + n, scaling=spec.scaling, bias=lora_bias, seed=n, size=0.4
+        )
         layer.add(name, part, spec, use_rslora=False)
     layer.set_adapter(names)
     return layer.eval()
 
 
 def data(dtype=torch.float32, *shape):
-    return torch.randn(*(shape or (3, 5)), IN, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *(shape or (3, 5)), IN, generator=torch.Generator().manual_seed(7), dtype=torch.float64
+    ).to(dtype)
 
 
 def weight(layer):
@@ -67,7 +73,10 @@ def exact(layer, x, names):
     x = x.detach().double()
     y, size = x @ weight(layer).T, x.abs() @ weight(layer).abs().T
     if layer.base_layer.bias is not None:
-        y, size = y + layer.base_layer.bias.detach().double(), size + layer.base_layer.bias.detach().abs().double()
+        y, size = (
+            y + layer.base_layer.bias.detach().double(),
+            size + layer.base_layer.bias.detach().abs().double(),
+        )
     for name in names:
         part = layer.factors(name)
         A, B, s = part.A.double(), part.B.double(), part.scaling
@@ -239,7 +248,9 @@ def test_gradients_are_those_of_the_plain_composition(kind, dtype, tolerance, na
     layer = make(kind, dtype, names, lora_bias=True)
     layer.base_layer.requires_grad_(False)
     x, direction = data(dtype).requires_grad_(), torch.randn(3, 5, OUT).to(dtype)
-    inputs = [x] + [p for name in names for p in (layer.lora_A[name].weight, *layer.lora_B[name].parameters())]
+    inputs = [x] + [
+        p for name in names for p in (layer.lora_A[name].weight, *layer.lora_B[name].parameters())
+    ]
     found = torch.autograd.grad((layer(x) * direction).sum(), inputs)
     wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
     y = wide[0] @ weight(layer).T
@@ -341,7 +352,10 @@ def test_prepare_changes_nothing(kind, dtype):
 
 BAD = {
     "NaN in A": (torch.float32, lambda layer: layer.lora_A["b"].weight.data.view(-1)[0].fill_(float("nan"))),
-    "infinity in B": (torch.float32, lambda layer: layer.lora_B["b"].weight.data.view(-1)[0].fill_(float("inf"))),
+    "infinity in B": (
+        torch.float32,
+        lambda layer: layer.lora_B["b"].weight.data.view(-1)[0].fill_(float("inf")),
+    ),
     "overflow of fp16": (torch.float16, lambda layer: layer.lora_B["b"].weight.data.fill_(60000.0)),
     "overflow of fp32": (torch.float32, lambda layer: layer.lora_B["b"].weight.data.fill_(3e38)),
     "scaling": (torch.float32, lambda layer: layer.scaling.update(b=float("nan"))),

@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from models import Tiny, another, ids, logits, tiny, with_adapter
 from torch.func import functional_call, grad, vmap
 from torch.utils.checkpoint import checkpoint
 
 from lorakit.layers import LoraLayer
+from models import Tiny, another, ids, logits, tiny, with_adapter
 
 
 def trained(**changes):

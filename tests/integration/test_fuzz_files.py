@@ -137,17 +137,17 @@ def reader(data):
 
 def refused(call):
     """What an AdapterError says, or None; every other exception passes."""
+    caught = None
     try:
         call()
     except AdapterError as error:
-        assert type(error) is not AdapterError
-        str(error).encode()
-        return str(error)
-    return None
+        caught = error
+    assert type(caught) is not AdapterError
+    return None if caught is None else str(caught).encode().decode()
 
 
 def test_headers(adapter):
-    _, tensors, header, data = adapter
+    _, _, header, data = adapter
     chance = random.Random(1)
     accepted = 0
     for _ in range(MUTATIONS):
@@ -192,16 +192,19 @@ def test_whole_loads(adapter):
         else:
             values = mutate_bytes(data, chance)
         path.write_bytes(len(raw).to_bytes(8, "little") + raw + values)
-        found = {}
+        found = []
+
+        def load(found=found):
+            found.append(open_adapter(folder))
+            found.append(found[0].load())
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            says = refused(lambda: found.update(result=open_adapter(folder)))
-            if says is None:
-                says = refused(lambda: found.update(tensors=found["result"].load()))
+            says = refused(load)
         assert says is None or str(folder) in says
-        if says is None and "lorakit.digest" in found["result"].metadata:
-            assert found["result"].config["r"] == 2
-            assert found["tensors"].keys() == tensors.keys()
-            assert all(torch.equal(found["tensors"][key], tensors[key]) for key in tensors)
+        if says is None and "lorakit.digest" in found[0].metadata:
+            assert found[0].config["r"] == 2
+            assert found[1].keys() == tensors.keys()
+            assert all(torch.equal(found[1][key], tensors[key]) for key in tensors)
             loaded += 1
     assert loaded > 0

@@ -138,7 +138,7 @@ def test_two_writers_and_a_reader(tmp_path):
         while time.monotonic() < deadline:
             try:
                 seen.append(check(tmp_path))
-            except AdapterError as error:
+            except AdapterError as error:  # noqa: PERF203
                 if "changed since it was opened" not in str(error):
                     raise
                 replaced += 1

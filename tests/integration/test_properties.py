@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import Snapshot, randomise
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit import LoraConfig, PeftModel, get_peft_model
+from models import Snapshot, randomise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES = ("alpha", "beta", "gamma")
@@ -193,4 +193,3 @@ def test_merge_order_does_not_matter(case):
         outputs.append(case.run(peft))
     for found in outputs[1:]:
         close(case, found, outputs[0])
-

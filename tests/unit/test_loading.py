@@ -7,7 +7,6 @@ import socket
 
 import pytest
 import torch
-from models import Snapshot, another, bits, config, ids, logits, randomise, tiny, tiny_bert, tiny_llama, with_adapter
 from safetensors.torch import load_file, save_file
 
 from lorakit import (
@@ -27,6 +26,19 @@ from lorakit.errors import (
     KeyMismatchError,
     NonFiniteError,
     UnsupportedError,
+)
+from models import (
+    Snapshot,
+    another,
+    bits,
+    config,
+    ids,
+    logits,
+    randomise,
+    tiny,
+    tiny_bert,
+    tiny_llama,
+    with_adapter,
 )
 
 P = "base_model.model."
@@ -69,11 +81,21 @@ def other_prefix(tensors):
 FAULTS = {
     "missing": (lambda t: t.pop(Q + "lora_B.weight"), {}, KeyMismatchError, "missing: .*q_proj.lora_B"),
     "all missing": (lambda t: [t.pop(k) for k in list(t)[1:]], {}, KeyMismatchError, "missing"),
-    "unexpected": (put(P + "layers.7.q_proj.lora_A.weight", 4, 8), {}, KeyMismatchError, "unexpected: .*layers.7"),
+    "unexpected": (
+        put(P + "layers.7.q_proj.lora_A.weight", 4, 8),
+        {},
+        KeyMismatchError,
+        "unexpected: .*layers.7",
+    ),
     "base norm": (put(P + "layers.0.norm.weight", 8), {}, KeyMismatchError, "unexpected: .*norm.weight"),
     "base weight": (put(Q + "base_layer.weight", 8, 8), {}, KeyMismatchError, "unexpected: .*base_layer"),
     "head": (put(P + "head.weight", 11, 8), {}, KeyMismatchError, "unexpected: .*head.weight"),
-    "another adapter": (put(Q + "lora_B.default.weight", 8, 4), {}, KeyMismatchError, "unexpected: .*B.default"),
+    "another adapter": (
+        put(Q + "lora_B.default.weight", 8, 4),
+        {},
+        KeyMismatchError,
+        "unexpected: .*B.default",
+    ),
     "shape": (put(Q + "lora_A.weight", 4, 9), {}, KeyMismatchError, r"\(4, 9\), expected \(4, 8\)"),
     "rank": (lambda t: None, {"r": 3}, KeyMismatchError, r"found \(4, 8\), expected \(3, 8\)"),
     "huge rank": (lambda t: None, {"r": 10**6}, KeyMismatchError, "expected"),
@@ -175,7 +197,9 @@ def test_replace_swaps_weights_and_config(saved):
     peft.load_adapter(saved, "default", replace=True)
     assert torch.equal(logits(peft), logits(PeftModel.from_pretrained(tiny(), saved)))
     assert (peft.peft_config["default"].r, peft.peft_config["default"].lora_alpha) == (4, 8)
-    assert set(peft.base_model.registry.layers) == {f"layers.{n}.{m}" for n in (0, 1) for m in ("q_proj", "c_fc")}
+    assert set(peft.base_model.registry.layers) == {
+        f"layers.{n}.{m}" for n in (0, 1) for m in ("q_proj", "c_fc")
+    }
     assert not any(p.requires_grad for p in peft.parameters())
     peft.merge_adapter()
     before = Snapshot(peft)
@@ -284,7 +308,11 @@ def stored(tmp_path, model, **changes):
 
 AUTO = (
     (AutoPeftModelForCausalLM, tiny_llama, {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}),
-    (AutoPeftModelForSequenceClassification, tiny_bert, {"task_type": "SEQ_CLS", "target_modules": ["query"]}),
+    (
+        AutoPeftModelForSequenceClassification,
+        tiny_bert,
+        {"task_type": "SEQ_CLS", "target_modules": ["query"]},
+    ),
     (AutoPeftModel, tiny_llama, {"target_modules": ["q_proj"]}),
 )
 
@@ -305,8 +333,15 @@ def test_auto_runs_no_code_that_the_adapter_chose(tmp_path, offline):
     with pytest.raises(ConfigError, match="task_type"):
         AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
     for name in ("os", "AutoModel", "nope", "pipeline"):
-        reconfigure(tmp_path / "adapter", task_type=None, auto_mapping={"base_model_class": name, "parent_library": "os"})
-        with pytest.warns(UserWarning), pytest.raises(ConfigError, match="no model class of transformers"):
+        reconfigure(
+            tmp_path / "adapter",
+            task_type=None,
+            auto_mapping={"base_model_class": name, "parent_library": "os"},
+        )
+        with (
+            pytest.warns(UserWarning, match="auto_mapping|task_type"),
+            pytest.raises(ConfigError, match="no model class of transformers"),
+        ):
             AutoPeftModel.from_pretrained(tmp_path / "adapter")
 
 

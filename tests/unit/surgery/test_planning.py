@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import Snapshot, Tiny, another, config, ids, tiny, tiny_llama, with_adapter
 from torch import nn
 
 from lorakit import get_peft_model
@@ -12,6 +11,7 @@ from lorakit.api import plan
 from lorakit.errors import PlanError
 from lorakit.layers import LoraLayer
 from lorakit.surgery import describe, make_plan
+from models import Snapshot, Tiny, another, config, ids, tiny, tiny_llama, with_adapter
 
 
 class Shared(nn.Module):
@@ -42,7 +42,9 @@ def test_describe_meets_each_module_once_and_knows_all_places():
 def test_describe_stops_at_adapters():
     model = with_adapter(tiny(), modules_to_save=["head"]).get_base_model()
     found = describe(model)
-    assert not any("lora_" in path or "base_layer" in path or "modules_to_save" in path for path in found.nodes)
+    assert not any(
+        "lora_" in path or "base_layer" in path or "modules_to_save" in path for path in found.nodes
+    )
     assert isinstance(found.nodes["layers.0.q_proj"].layer, LoraLayer)
     assert found.nodes["layers.0.q_proj"].module is model.layers[0].q_proj.base_layer
     assert list(found.saved) == ["head"]
@@ -60,7 +62,10 @@ def test_a_shared_module_gets_one_adapter_in_both_places():
 
 
 ERRORS = {
-    "one entry among several": ({"target_modules": ["q_proj", "v_projj"]}, ["target_modules", "'v_projj'", "v_proj"]),
+    "one entry among several": (
+        {"target_modules": ["q_proj", "v_projj"]},
+        ["target_modules", "'v_projj'", "v_proj"],
+    ),
     "nothing matches": ({"target_modules": ["query"]}, ["target_modules", "matches no module"]),
     "pattern": ({"target_modules": ".*_qq"}, ["target_modules", ".*_qq", "matches no module"]),
     "unsupported type": ({"target_modules": ["embed"]}, ["embed: Embedding cannot carry", "nn.Linear"]),
@@ -144,7 +149,9 @@ def test_the_plan_is_what_is_made_and_planning_touches_nothing(changes, dtype):
     assert wanted.to_dict() == said
     peft = get_peft_model(model, wanted)
     tensors = [item.tensor for item in peft.base_model.registry.tensors("default")]
-    assert made.parameters == sum(tensor.numel() for tensor in tensors) == peft.get_nb_trainable_parameters()[0]
+    assert (
+        made.parameters == sum(tensor.numel() for tensor in tensors) == peft.get_nb_trainable_parameters()[0]
+    )
     assert made.bytes == sum(tensor.nbytes for tensor in tensors)
     for spec in made.specs:
         layer = peft.base_model.registry.layers[spec.path]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import Snapshot, another, bits, config, ids, logits, tiny, tiny_bert, tiny_llama, with_adapter
 from torch import nn
 
 from lorakit import get_peft_model
 from lorakit.errors import AdapterNameError, AdapterStateError, NonFiniteError
 from lorakit.layers import LoraLayer, ModulesToSaveWrapper, ParameterSlot, Place
 from lorakit.surgery import find_registry
+from models import Snapshot, another, bits, config, ids, logits, tiny, tiny_bert, tiny_llama, with_adapter
 
 EVERYTHING = {"modules_to_save": ["head"], "bias": "all"}
 STEPS = (
@@ -206,7 +206,9 @@ def test_two_owners_of_one_thing_are_refused_before_anything_changes(changes):
     assert peft.active_adapters == ["other"]
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "a/b", "../x", "keys", "training", "__base__", "x" * 65, "é", "a\n", 3])
+@pytest.mark.parametrize(
+    "name", ["", "a.b", "a/b", "../x", "keys", "training", "__base__", "x" * 65, "é", "a\n", 3]
+)
 def test_bad_names_are_refused(name):
     model = tiny()
     before = Snapshot(model)
