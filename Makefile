@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench format clean
+.PHONY: help setup demo test check bench bench-quick format clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,7 +31,10 @@ check: $(STAMP) ## lint, format, types, architecture
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 bench: $(STAMP) ## side by side with PEFT and with the floor; prints the table and writes benchmarks/results
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -W ignore -m benchmarks
+
+bench-quick: $(STAMP) ## the same in about two minutes
+	$(BIN)/python -W ignore -m benchmarks --quick
 
 format: $(STAMP) ## put the code into the one format
 	$(BIN)/ruff format .

@@ -69,7 +69,7 @@ class LoadOptions:
         replace: take the place of an adapter of the same name.
         allow_base_weights: accept embedding weights that PEFT saves with an adapter whose vocabulary grew.
         allow_pickle_bin: accept `adapter_model.bin` (read with `weights_only`).
-        key_mapping: regular expressions and replacements for the file's keys.
+        key_mapping: regular expressions and replacements for the file's keys, without their prefix.
         autocast_adapter_dtype: keep adapters of a half-precision base in fp32.
     """
 
@@ -107,9 +107,9 @@ def load_onto(
     registry = _put(model, plan, name, tensors)
     if not registry.active:
         registry.set_active([name], inference_mode=not options.is_trainable)
-    else:
+    elif name in registry.active and options.is_trainable:  # it took the place of one that was active
         for item in registry.tensors(name):
-            item.tensor.requires_grad_(name in registry.active and options.is_trainable)
+            item.tensor.requires_grad_(item.tensor.is_floating_point())
     report = LoadReport(
         tuple(map(to_file_key, missing)),
         tuple(keys[key] for key in unexpected),
@@ -138,14 +138,16 @@ def _check_name(model: nn.Module, name: str, options: LoadOptions) -> None:
         raise AdapterNameError(
             f"adapter {name!r} exists already; choose another name, delete it first, or pass replace=True"
         )
-    if name in registry.merged:
-        raise AdapterStateError(f"adapter {name!r} is merged; call unmerge_adapter() before replacing it")
+    if registry.merged:
+        raise AdapterStateError(
+            f"{list(registry.merged)} are merged; call unmerge_adapter() before replacing an adapter"
+        )
 
 
 def _file_keys(file: AdapterFile, options: LoadOptions, plan: Plan) -> dict[str, str]:
     """The file's keys by the name that they have in the model."""
-    mapped = apply_key_mapping(file.tensors, options.key_mapping or {})
-    names = {from_file_key(new): old for old, new in mapped.items()}
+    found = {from_file_key(key): key for key in file.tensors}
+    names = {new: found[old] for old, new in apply_key_mapping(found, options.key_mapping or {}).items()}
     # PEFT writes each bias of a wholly trained module twice more under bias="all"; they say nothing new.
     doubles = tuple(
         f"{path}.{part}." for path in plan.modules_to_save for part in ("original_module", "modules_to_save")
@@ -269,7 +271,12 @@ def _put(model: nn.Module, plan: Plan, name: str, tensors: Mapping[str, Tensor])
         return attach(model, plan, name, tensors=tensors)
     former = {item.file_name: item.tensor.detach() for item in registry.tensors(name)}
     former_plan = make_plan(model, registry.configs[name], source="file")
+    replaced = [key for key, slot in registry.slots.items() if name in slot.copies]
+    weights = tuple(key for key in replaced if key not in former_plan.biases)
+    former_plan = replace(former_plan, base_weights=weights)
     active = registry.active
+    others = [item.tensor for other in registry.configs if other != name for item in registry.tensors(other)]
+    flags = [tensor.requires_grad for tensor in others]
     registry.active = tuple(other for other in active if other != name)
     registry.discard(name)
     try:
@@ -278,5 +285,7 @@ def _put(model: nn.Module, plan: Plan, name: str, tensors: Mapping[str, Tensor])
         attach(model, former_plan, name, tensors=former)
         raise
     finally:
-        registry.set_active(active)
+        registry.set_active(active, inference_mode=True)
+        for tensor, flag in zip(others, flags, strict=True):
+            tensor.requires_grad = flag
     return registry

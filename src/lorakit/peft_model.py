@@ -335,7 +335,7 @@ class PeftModel(nn.Module):
             is_trainable: let its parameters want gradients; otherwise the model is put in eval mode.
             config: takes the place of the config file.
             autocast_adapter_dtype: keep adapters of a half-precision base in fp32.
-            key_mapping: regular expressions and replacements, applied to the file's keys.
+            key_mapping: regular expressions and replacements, applied to the file's keys without their prefix.
             strict: False passes over missing and unexpected keys and lists them in the report.
             replace: take the place of an adapter of this name.
             **options: `allow_base_weights`, `allow_pickle_bin` (see `lorakit.loading.LoadOptions`); `subfolder`,

@@ -35,13 +35,20 @@ class PeftModelForCausalLM(PeftModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Call the model; input_ids, attention_mask and labels are (batch, tokens)."""
         named = _given(
-            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, labels=labels
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
         )
         return self.base_model(**named, **kwargs)
 
@@ -84,13 +91,20 @@ class PeftModelForSequenceClassification(PeftModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Call the model; ids and mask are (batch, tokens), labels (batch,)."""
         named = _given(
-            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, labels=labels
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
         )
         return self.base_model(**named, **kwargs)
 
@@ -111,6 +125,7 @@ class PeftModelForQuestionAnswering(PeftModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
@@ -121,6 +136,7 @@ class PeftModelForQuestionAnswering(PeftModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
+            position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             start_positions=start_positions,
             end_positions=end_positions,
@@ -137,9 +153,17 @@ class PeftModelForFeatureExtraction(PeftModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Call the model; ids and mask are (batch, tokens)."""
-        named = _given(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
+        named = _given(
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+        )
         return self.base_model(**named, **kwargs)

@@ -48,8 +48,8 @@ def put_on(
     prepared = prepare_config(model, config)
     plan = make_plan(model, prepared, autocast_adapter_dtype=autocast_adapter_dtype)
     registry = attach(model, plan, name)
-    names = registry.active or (name,)
-    registry.set_active(names, inference_mode=all(registry.configs[each].inference_mode for each in names))
+    if not registry.active:
+        registry.set_active([name], inference_mode=prepared.inference_mode)
     return registry
 
 
@@ -222,8 +222,8 @@ def check_bare(model: nn.Module) -> None:
     Raises:
         AdapterStateError: it does.
     """
-    inner: nn.Module = model.model if isinstance(model, LoraModel) else model
-    registry = find_registry(inner) or find_registry(model)
+    inner = model._modules.get("base_model") or model
+    registry = find_registry(inner.model if isinstance(inner, LoraModel) else model)
     if registry is not None and registry.configs:
         raise AdapterStateError(
             f"this model carries the adapters {list(registry.configs)} already; "

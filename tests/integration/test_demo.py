@@ -42,11 +42,16 @@ RESULT = DemoResult(
 
 
 @pytest.fixture(scope="module")
-def demo_run(tmp_path_factory):
+def task():
+    """Built once: most of the time goes into parsing the standard library."""
+    return build_task(train_per_label=24, test_per_label=8)
+
+
+@pytest.fixture(scope="module")
+def demo_run(tmp_path_factory, task):
     """One small run: its result, its folder and its progress reports."""
     folder = tmp_path_factory.mktemp("demo")
     reports = []
-    task = build_task(train_per_label=24, test_per_label=8)
     result = run_demo(folder, epochs=1, task=task, progress=lambda *report: reports.append(report))
     return result, folder, reports
 
@@ -70,14 +75,15 @@ def test_the_result_is_coherent(demo_run):
     assert reports[-1] == ("train the adapter", 3, 3)
 
 
-def test_the_adapter_loads_in_a_fresh_base(demo_run):
+def test_the_adapter_loads_in_a_fresh_base(demo_run, task):
     result, folder, _ = demo_run
     model = lorakit.PeftModel.from_pretrained(minilm.load_classifier(len(result.labels)), folder / "adapter")
-    task = build_task(train_per_label=24, test_per_label=8)
     logits = minilm.predict(model, minilm.encode(minilm.load_tokenizer(), task.test.texts))
     assert minilm.accuracy(logits, task.test.labels) == result.lora_accuracy
     assert model.get_nb_trainable_parameters()[0] == 0
-    changed = sum(parameter.abs().sum().item() for name, parameter in model.named_parameters() if "lora_B" in name)
+    changed = sum(
+        parameter.abs().sum().item() for name, parameter in model.named_parameters() if "lora_B" in name
+    )
     assert changed > 0
 
 

@@ -29,7 +29,7 @@ MAX_DIMS = 16
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 _ENTRY = {"dtype", "shape", "data_offsets"}
-_SHOWN = 10  # problems listed in one message
+_SHOWN = 10  # problems listed in one message, after which the check stops
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +126,8 @@ def _tensors(entries: dict[str, Any], size: int, where: str) -> dict[str, Tensor
         problem = _problem(entry)
         if problem:
             problems.append(f"{name[:200]!r}: {problem}")
+            if len(problems) == _SHOWN:  # a hostile header is not worth more work
+                break
             continue
         begin, end = entry["data_offsets"]
         info = TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]), end - begin)
@@ -134,9 +136,7 @@ def _tensors(entries: dict[str, Any], size: int, where: str) -> dict[str, Tensor
     if not problems:
         problems = _gaps(placed, size)
     if problems:
-        shown = problems[:_SHOWN]
-        if len(problems) > _SHOWN:
-            shown.append(f"and {len(problems) - _SHOWN:,} more")
+        shown = problems[:_SHOWN] + ["and maybe more"] * (len(problems) >= _SHOWN)
         hint = "The file is damaged or was not written as an adapter; copy it again or convert it."
         raise AdapterFormatError(bullet_list(f"{where}: its header is not valid", shown, hint))
     return {name: info for _, _, name, info in placed}
@@ -171,6 +171,8 @@ def _gaps(placed: list[tuple[int, int, str, TensorInfo]], size: int) -> list[str
             kind = "overlaps the tensor before it" if begin < reached else "leaves a gap before it"
             problems.append(f"{name[:200]!r}: starts at byte {begin} of the data, wanted {reached}: {kind}")
         reached = max(reached, end)
+        if len(problems) == _SHOWN:
+            break
     if not problems and reached != size:
         kind = "cut off" if size < reached else "followed by bytes that belong to no tensor"
         problems.append(f"the tensors take {reached:,} bytes and the file holds {size:,}: {kind}")

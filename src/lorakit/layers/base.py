@@ -21,6 +21,7 @@ from torch import nn
 from lorakit.errors import AdapterNameError, AdapterStateError, NonFiniteError, UnsupportedError
 from lorakit.layers.factors import plain_linear
 from lorakit.layers.finite import merge_is_finite
+from lorakit.layers.follow import follow
 from lorakit.types import Factors
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ class LoraLayer(nn.Module, ABC):
 
     @property
     def active_adapters(self) -> list[str]:
-        """Names of the active adapters that this layer has."""
+        """Names of the model's active adapters; this layer need not have them all."""
         return list(self._active)
 
     @property
@@ -190,12 +191,12 @@ class LoraLayer(nn.Module, ABC):
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones and, unless `inference_mode`, the trainable ones.
 
-        Names that the layer does not have are passed over: an adapter need not be on every layer.
+        The layer need not have all of them: an adapter need not be on every layer.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         if self.merged_adapters:
             self.unmerge()
-        self._active = tuple(name for name in names if name in self.r)
+        self._active = tuple(names)
         for name in self.adapters:
             self.set_requires_grad([name], requires_grad=name in self._active and not inference_mode)
         self._install()
@@ -280,7 +281,7 @@ class LoraLayer(nn.Module, ABC):
             return
         if self._original is None:
             raise AdapterStateError(_FOR_GOOD)
-        self.codec.swap(self.base_layer, self._original)
+        self._put(self._original)
         self._original = self._merged_state = None
         self.merged_adapters.clear()
         self._install()
@@ -288,11 +289,23 @@ class LoraLayer(nn.Module, ABC):
     def _install(self) -> None:
         """Make the base hold what the present state says it should, and prepare the route."""
         if self._original is not None and self._merged_state is not None:
-            self.codec.swap(self.base_layer, self._merged_state if self._enabled else self._original)
-        self._route = self._active if self._enabled and not self.merged_adapters else ()
+            self._put(self._merged_state if self._enabled else self._original)
+        acting = self._active if self._enabled and not self.merged_adapters else ()
+        self._route = tuple(name for name in acting if name in self.r)
+
+    def _put(self, state: WeightState) -> None:
+        """Install a state that was kept aside."""
+        self.codec.swap(self.base_layer, self._moved(state))
 
     def _original_state(self) -> WeightState:
-        return self._original or self.codec.state(self.base_layer)
+        return self.codec.state(self.base_layer) if self._original is None else self._moved(self._original)
+
+    def _moved(self, state: WeightState) -> WeightState:
+        """A state that was kept aside, brought to where the model was moved meanwhile."""
+        for kept, acting in zip(state, self.codec.state(self.base_layer), strict=True):
+            if kept is not None and acting is not None:
+                follow(kept, acting)
+        return state
 
     def _mergeable(self, names: Sequence[str] | None) -> list[str]:
         """The adapters among `names` that are here and not yet merged; refuses those that cannot be."""

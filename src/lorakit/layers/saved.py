@@ -36,8 +36,7 @@ class ModulesToSaveWrapper(nn.Module):
         duplicate = copy.deepcopy(self.original_module)
         if tensors is not None:
             duplicate.load_state_dict(dict(tensors), strict=True, assign=True)
-        for parameter in duplicate.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
+        duplicate.requires_grad_(requires_grad=False)
         self.modules_to_save[name] = duplicate
 
     def remove(self, name: str) -> None:

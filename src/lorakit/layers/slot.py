@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, final
 from torch import nn
 
 from lorakit.errors import AdapterStateError
+from lorakit.layers.follow import follow
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
@@ -93,6 +94,7 @@ class ParameterSlot:
 
     def _put(self, parameter: nn.Parameter) -> None:
         for owner, attribute in self.places:
+            follow(parameter, getattr(owner, attribute))
             setattr(owner, attribute, parameter)
 
 

@@ -53,6 +53,8 @@ def attach(
         undo.callback(registry.discard, name)
         _commit(registry, plan, name, factors, tensors)
         registry.configs[name] = plan.config
+        for item in registry.tensors(name):  # trainable once it is set active
+            item.tensor.requires_grad = False
         undo.pop_all()
     return registry
 
@@ -90,7 +92,9 @@ def _factors(spec: AdapterSpec, plan: Plan, tensors: Mapping[str, Tensor] | None
     base = plan.description.nodes[spec.path].module
     codec = find_codec(base)
     assert codec is not None, "the planner let a module through that no codec owns"
-    return initialise(InitContext(spec, lambda dtype: codec.read(base, dtype))).factors
+    result = initialise(InitContext(spec, lambda dtype: codec.read(base, dtype)))
+    assert result.base_weight is None, "no registered initialiser changes the base"
+    return result.factors
 
 
 def _commit(
@@ -127,6 +131,7 @@ def _wrap_layer(registry: AdapterRegistry, plan: Plan, path: str) -> None:
     assert codec is not None
     layer = kind.layer(node.module, codec)
     layer.enable_adapters(registry.enabled)
+    layer.set_adapter(registry.active)
     _install(registry, path, node.places, layer)
     registry.layers[path] = layer
 
