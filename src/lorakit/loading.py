@@ -270,22 +270,36 @@ def _put(model: nn.Module, plan: Plan, name: str, tensors: Mapping[str, Tensor])
     if registry is None or name not in registry.configs:
         return attach(model, plan, name, tensors=tensors)
     former = {item.file_name: item.tensor.detach() for item in registry.tensors(name)}
-    former_plan = make_plan(model, registry.configs[name], source="file")
-    replaced = [key for key, slot in registry.slots.items() if name in slot.copies]
-    weights = tuple(key for key in replaced if key not in former_plan.biases)
-    former_plan = replace(former_plan, base_weights=weights)
-    active = registry.active
-    others = [item.tensor for other in registry.configs if other != name for item in registry.tensors(other)]
-    flags = [tensor.requires_grad for tensor in others]
+    former_plan = _plan_again(registry, name)
+    active, flags = registry.active, _flags(registry)
     registry.active = tuple(other for other in active if other != name)
     registry.discard(name)
     try:
         attach(model, plan, name, tensors=tensors)
+        flags = {key: flag for key, flag in flags.items() if key[0] != name}
     except BaseException:
         attach(model, former_plan, name, tensors=former)
         raise
     finally:
         registry.set_active(active, inference_mode=True)
-        for tensor, flag in zip(others, flags, strict=True):
-            tensor.requires_grad = flag
+        for (owner, file_name), tensor in _named(registry).items():
+            tensor.requires_grad = flags.get((owner, file_name), False)
     return registry
+
+
+def _plan_again(registry: AdapterRegistry, name: str) -> Plan:
+    """The plan that puts an adapter of this model back."""
+    plan = make_plan(registry.model, registry.configs[name], source="file")
+    replaced = [key for key, slot in registry.slots.items() if name in slot.copies]
+    return replace(plan, base_weights=tuple(key for key in replaced if key not in plan.biases))
+
+
+def _named(registry: AdapterRegistry) -> dict[tuple[str, str], Tensor]:
+    """Every adapter's tensors, by adapter and file name."""
+    return {
+        (name, item.file_name): item.tensor for name in registry.configs for item in registry.tensors(name)
+    }
+
+
+def _flags(registry: AdapterRegistry) -> dict[tuple[str, str], bool]:
+    return {key: tensor.requires_grad for key, tensor in _named(registry).items()}

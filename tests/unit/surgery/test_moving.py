@@ -6,9 +6,9 @@ import copy
 import pickle
 
 import torch
-from models import tiny, with_adapter
 
 from lorakit import LoraConfig
+from models import tiny, with_adapter
 
 
 def parameters_of(model):
