@@ -15,7 +15,7 @@ __all__ = ["LoraConfig", "PeftConfig"]
 
 
 def _resolve(repo_id: str, subfolder: str | None, options: Mapping[str, Any]) -> Path:
-    return resolve_adapter(repo_id, subfolder=subfolder, **options)
+    return resolve_adapter(repo_id, subfolder=subfolder, config_only=True, **options)
 
 
 set_resolver(_resolve)

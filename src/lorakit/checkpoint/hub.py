@@ -28,6 +28,7 @@ def resolve_adapter(
     force_download: bool = False,
     local_files_only: bool = False,
     allow_pickle_bin: bool = False,
+    config_only: bool = False,
 ) -> Path:
     """A local folder for `open_adapter`: the given one, or a repository's files in the hub's cache.
 
@@ -41,6 +42,7 @@ def resolve_adapter(
         force_download: download again what the cache has.
         local_files_only: look into the cache alone.
         allow_pickle_bin: download `adapter_model.bin` where there is no safetensors file.
+        config_only: download no weights.
 
     Raises:
         AdapterNotFoundError: no such folder or repository, the files are not in it, or the hub cannot be reached.
@@ -70,7 +72,8 @@ def resolve_adapter(
         )
 
     place = f"{text}/{inside}" if inside else text
-    return _download(fetch, place, revision, allow_pickle_bin=allow_pickle_bin)
+    weights = () if config_only else (WEIGHTS_NAME, PICKLE_NAME)[: 2 if allow_pickle_bin else 1]
+    return _download(fetch, place, revision, weights)
 
 
 def push_folder(
@@ -151,8 +154,9 @@ def _inside(folder: Path, subfolder: str | None) -> Path:
 
 
 def _download(
-    fetch: Callable[[str, str | None], Path], place: str, revision: str | None, *, allow_pickle_bin: bool
+    fetch: Callable[[str, str | None], Path], place: str, revision: str | None, weights: tuple[str, ...]
 ) -> Path:
+    """The folder of the config and of the first of the weights files that the repository has."""
     import huggingface_hub.errors as hub
 
     absent: Any = (hub.EntryNotFoundError,)
@@ -160,12 +164,13 @@ def _download(
     try:
         config = fetch(CONFIG_NAME, revision)
         commit = _commit(config) or revision
-        try:
-            fetch(WEIGHTS_NAME, commit)
-        except absent:
-            if not allow_pickle_bin:
-                raise
-            fetch(PICKLE_NAME, commit)
+        for name in weights:
+            try:
+                fetch(name, commit)
+                break
+            except absent:
+                if name == weights[-1]:
+                    raise
     except (*absent, *failed) as error:
         raise AdapterNotFoundError(
             f"{place}: neither a local folder nor an adapter that the hub gives "

@@ -175,3 +175,11 @@ def test_push_refuses_half_a_save(saved, monkeypatch):
         push_folder(saved, "u/n")
     with pytest.raises(AdapterNotFoundError):
         push_folder(saved / "nowhere", "u/n")
+
+
+def test_a_config_alone_downloads_no_weights(calls):
+    from lorakit import LoraConfig
+
+    calls.has = {"adapter_config.json"}
+    assert isinstance(LoraConfig.from_pretrained("u/n"), LoraConfig)
+    assert [row["filename"] for row in calls.asked] == ["adapter_config.json"]
