@@ -177,9 +177,12 @@ def test_push_refuses_half_a_save(saved, monkeypatch):
         push_folder(saved / "nowhere", "u/n")
 
 
-def test_a_config_alone_downloads_no_weights(calls):
+def test_a_config_alone_downloads_no_weights(calls, tmp_path):
     from lorakit import LoraConfig
 
     calls.has = {"adapter_config.json"}
+    folder = tmp_path / "models--u--n/snapshots" / COMMIT
+    folder.mkdir(parents=True)
+    LoraConfig(target_modules=["q_proj"]).save_pretrained(folder)
     assert isinstance(LoraConfig.from_pretrained("u/n"), LoraConfig)
     assert [row["filename"] for row in calls.asked] == ["adapter_config.json"]
