@@ -26,10 +26,8 @@ def _given(**arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-class PeftModelForCausalLM(PeftModel):
-    """A decoder that continues text."""
-
-    task_type: ClassVar[TaskType | None] = TaskType.CAUSAL_LM
+class _TextModel(PeftModel):
+    """What models with one text as input share."""
 
     def forward(
         self,
@@ -41,7 +39,7 @@ class PeftModelForCausalLM(PeftModel):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Call the model; input_ids, attention_mask and labels are (batch, tokens)."""
+        """Call the model; ids, masks and labels are (batch, tokens), labels of a whole text (batch,)."""
         named = _given(
             token_type_ids=token_type_ids,
             position_ids=position_ids,
@@ -51,6 +49,12 @@ class PeftModelForCausalLM(PeftModel):
             labels=labels,
         )
         return self.base_model(**named, **kwargs)
+
+
+class PeftModelForCausalLM(_TextModel):
+    """A decoder that continues text."""
+
+    task_type: ClassVar[TaskType | None] = TaskType.CAUSAL_LM
 
 
 class PeftModelForSeq2SeqLM(PeftModel):
@@ -82,35 +86,14 @@ class PeftModelForSeq2SeqLM(PeftModel):
         return self.base_model(**named, **kwargs)
 
 
-class PeftModelForSequenceClassification(PeftModel):
+class PeftModelForSequenceClassification(_TextModel):
     """A model that labels a text. Its head ("classifier" or "score") is trained whole and saved."""
 
     task_type: ClassVar[TaskType | None] = TaskType.SEQ_CLS
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Call the model; ids and mask are (batch, tokens), labels (batch,)."""
-        named = _given(
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-        )
-        return self.base_model(**named, **kwargs)
 
-
-class PeftModelForTokenClassification(PeftModelForSequenceClassification):
-    """A model that labels each token. Its head is trained whole and saved; labels are (batch, tokens)."""
+class PeftModelForTokenClassification(_TextModel):
+    """A model that labels each token. Its head ("classifier" or "score") is trained whole and saved."""
 
     task_type: ClassVar[TaskType | None] = TaskType.TOKEN_CLS
 
