@@ -33,10 +33,10 @@ class _TextModel(PeftModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Call the model; ids, masks and labels are (batch, tokens), labels of a whole text (batch,)."""
@@ -136,9 +136,9 @@ class PeftModelForFeatureExtraction(PeftModel):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Call the model; ids and mask are (batch, tokens)."""
