@@ -157,7 +157,7 @@ def random_factors(shape, dtype=torch.float32, *, r=4, scaling=1.5, bias=False, 
 
 def bits(tensor):
     """A digest of a tensor's bits, dtype and shape."""
-    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes()
     return hashlib.sha256(raw).hexdigest() + f" {tensor.dtype} {tuple(tensor.shape)}"
 
 
