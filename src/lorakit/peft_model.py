@@ -356,7 +356,7 @@ class PeftModel(nn.Module):
             replace=replace,
         )
         _, report = load_onto(self.get_base_model(), model_id, adapter_name, load, hub)
-        if not is_trainable:
+        if self.training and not is_trainable:  # the walk over all adapters is for the first time only
             self.eval()
         return report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 import json
 import socket
 
@@ -358,3 +359,17 @@ def test_the_config_given_is_never_changed(saved):
     assert mine.to_dict() == before
     randomise(peft, "other")
     assert config().r == 4
+
+
+def calls_of(work):
+    profile = cProfile.Profile()
+    profile.runcall(work)
+    return sum(row.callcount for row in profile.getstats())
+
+
+def test_the_cost_does_not_grow_with_the_adapters_already_there(saved):
+    """Counted in calls, which no busy machine can move."""
+    peft = with_adapter(tiny())
+    peft.eval()
+    counts = [calls_of(lambda i=i: peft.load_adapter(saved, f"number{i}")) for i in range(12)]
+    assert counts[-1] <= 1.02 * counts[1]
