@@ -527,3 +527,19 @@ def test_lora_bias_needs_a_bias_to_merge_into():
     with pytest.raises(UnsupportedError, match="lora_bias"):
         layer.merge()
     before.assert_same(layer)
+
+
+@each
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_hook_may_keep_what_the_base_gave(kind, grad):
+    layer = make(kind)
+    x = torch.randn(5, layer.in_features)  # the product of a matrix is fresh, not a view
+    with torch.no_grad():
+        expected = layer.base_layer(x).clone()
+    kept = []
+    handle = layer.base_layer.register_forward_hook(lambda module, inputs, output: kept.append(output))
+    with torch.set_grad_enabled(grad):
+        out = layer(x)
+    handle.remove()
+    assert torch.equal(kept[0], expected)
+    assert not torch.equal(out, expected)

@@ -25,3 +25,8 @@ def is_observed(module: nn.Module) -> bool:
         or "parametrizations" in module._modules
         or _module._has_any_global_hook()
     )
+
+
+def may_keep_output(module: nn.Module) -> bool:
+    """Whether a hook gets to see what `module` returns."""
+    return bool(module._forward_hooks or _module._has_any_global_hook())

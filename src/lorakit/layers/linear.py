@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, final
 from torch import Tensor, nn
 
 from lorakit.layers.base import LoraLayer
-from lorakit.layers.hooks import is_observed
+from lorakit.layers.hooks import is_observed, may_keep_output
 from lorakit.ops import Term, lora_add, lora_linear
 from lorakit.weights.dense import is_conv1d
 
@@ -40,7 +40,9 @@ class Linear(LoraLayer):
         base = self.base_layer
         if self._fusable and not args and not kwargs and not is_observed(base):
             return lora_linear(x, self.weight, self.bias, terms, transposed=self._transposed)
-        return lora_add(base(x, *args, **kwargs), x, terms)
+        y = base(x, *args, **kwargs)
+        # `lora_add` writes into a fresh y; a hook may have kept it
+        return lora_add(y.clone() if may_keep_output(base) else y, x, terms)
 
     def _term(self, name: str) -> Term:
         A, B, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
