@@ -11,7 +11,9 @@ BENCHMARKS = ("train_step", "one_layer")
 def main() -> None:
     for name in BENCHMARKS:
         print(f"\n== {name}", flush=True)
-        subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *sys.argv[1:]], check=True)
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", f"benchmarks.{name}", *sys.argv[1:]], check=True
+        )
 
 
 if __name__ == "__main__":

@@ -543,3 +543,48 @@ def test_a_hook_may_keep_what_the_base_gave(kind, grad):
     handle.remove()
     assert torch.equal(kept[0], expected)
     assert not torch.equal(out, expected)
+
+
+class Doubling(torch.nn.Linear):
+    """A Linear that computes something of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Wrapper(torch.nn.Module):
+    """What takes a module's place, as sharding does."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.inner(x)
+
+
+def test_a_subclass_is_called_not_computed_around():
+    base = Doubling(6, 4)
+    layer = with_factors(base)
+    x = torch.randn(3, 6)
+    expected = base(x) + x @ layer.factors("a").delta().T
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_wrapper_that_takes_the_bases_place_is_called():
+    layer = with_factors(torch.nn.Linear(6, 4))
+    x = torch.randn(3, 6)
+    expected = layer(x)
+    layer.base_layer = Wrapper(layer.base_layer)
+    torch.testing.assert_close(layer(x), expected)
+    assert layer.base_layer.calls == 1
+
+
+def with_factors(base):
+    layer = kind_of(base).layer(base, find_codec(base))
+    spec = spec_of((base.out_features, base.in_features), r=2)
+    layer.add("a", random_factors((base.out_features, base.in_features), r=2), spec, use_rslora=False)
+    layer.set_adapter("a")
+    return layer

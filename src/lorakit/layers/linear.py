@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lorakit.layers.base import LoraLayer
 from lorakit.layers.hooks import is_observed, may_keep_output
 from lorakit.ops import Term, lora_add, lora_linear
-from lorakit.weights.dense import is_conv1d
+from lorakit.weights.dense import conv1d_class
 
 if TYPE_CHECKING:
     from lorakit.weights import WeightCodec
@@ -25,7 +25,9 @@ class Linear(LoraLayer):
 
     def __init__(self, base_layer: nn.Module, codec: WeightCodec) -> None:
         super().__init__(base_layer, codec)
-        self._fusable = type(base_layer) is nn.Linear or is_conv1d(base_layer)
+        # a subclass may compute something else, and a wrapper (FSDP) may take the base's place later
+        plain = type(base_layer) is nn.Linear or type(base_layer) is conv1d_class()
+        self._fused_type = type(base_layer) if plain else None
         self._transposed = codec.transposed(base_layer)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -38,7 +40,7 @@ class Linear(LoraLayer):
             return self._forward_through_modules(x, *args, **kwargs)
         terms = [self._term(name) for name in route]
         base = self.base_layer
-        if self._fusable and not args and not kwargs and not is_observed(base):
+        if type(base) is self._fused_type and not args and not kwargs and not is_observed(base):
             return lora_linear(x, self.weight, self.bias, terms, transposed=self._transposed)
         y = base(x, *args, **kwargs)
         # `lora_add` writes into a fresh y; a hook may have kept it

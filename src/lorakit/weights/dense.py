@@ -19,10 +19,16 @@ if TYPE_CHECKING:
     from lorakit.types import Factors
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether `module` is transformers' `Conv1D`; never imports transformers (an object of it implies it is)."""
+def conv1d_class() -> type[nn.Module] | None:
+    """Transformers' `Conv1D`, where transformers has been imported: an object of it implies that it has."""
     utils = sys.modules.get("transformers.pytorch_utils")
-    return utils is not None and isinstance(module, utils.Conv1D)
+    return None if utils is None else utils.Conv1D
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is transformers' `Conv1D`."""
+    kind = conv1d_class()
+    return kind is not None and isinstance(module, kind)
 
 
 class DenseCodec:
