@@ -194,7 +194,8 @@ def main() -> None:
             f"{1 / row.ratio['frozen']:>13.2f}{saved['lorakit']:>15.1f}{saved['PEFT']:>8.1f}{saved['frozen']:>8.1f}",
             flush=True,
         )
-    save("train_step", rows, {"saved_mib": memory})
+    if not quick:  # the figures on record are those of the full size
+        save("train_step", rows, {"saved_mib": memory})
 
 
 if __name__ == "__main__":
