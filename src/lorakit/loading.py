@@ -15,7 +15,7 @@ from lorakit.checkpoint.hub import resolve_adapter
 from lorakit.checkpoint.keys import apply_key_mapping, from_file_key, to_file_key
 from lorakit.checkpoint.reading import open_adapter
 from lorakit.config import REQUIRED_KEYS, LoraConfig, check_adapter_name
-from lorakit.errors import AdapterNameError, AdapterStateError, KeyMismatchError
+from lorakit.errors import AdapterNameError, KeyMismatchError
 from lorakit.init import InitContext, initialise
 from lorakit.surgery import attach, find_registry, make_plan
 from lorakit.surgery.attach import expected_tensors
@@ -138,10 +138,7 @@ def _check_name(model: nn.Module, name: str, options: LoadOptions) -> None:
         raise AdapterNameError(
             f"adapter {name!r} exists already; choose another name, delete it first, or pass replace=True"
         )
-    if registry.merged:
-        raise AdapterStateError(
-            f"{list(registry.merged)} are merged; call unmerge_adapter() before replacing an adapter"
-        )
+    registry.check_unmerged("replacing an adapter")
 
 
 def _file_keys(file: AdapterFile, options: LoadOptions, plan: Plan) -> dict[str, str]:
@@ -186,11 +183,8 @@ def _compare(
     expected = expected_tensors(plan)
     missing = [name for name in expected if name not in keys]
     unexpected = [name for name in keys if name not in expected]
-    wrong = [
-        f"{keys[name]}: found {tuple(file.tensors[keys[name]].shape)}, expected {shape}"
-        for name, shape in expected.items()
-        if name in keys and tuple(file.tensors[keys[name]].shape) != shape
-    ]
+    shapes = {name: tuple(file.tensors[key].shape) for name, key in keys.items()}
+    wrong = _wrong_shapes(expected, shapes, keys)
     if wrong or (strict and (missing or unexpected)):
         raise KeyMismatchError(
             str(file.weights_path),
@@ -200,6 +194,17 @@ def _compare(
             hint=_hint(plan, missing, unexpected, wrong),
         )
     return missing, unexpected
+
+
+def _wrong_shapes(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], keys: Mapping[str, str]
+) -> list[str]:
+    """A line for each tensor of another shape, under the key that its owner knows it by."""
+    return [
+        f"{keys[name]}: found {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
 
 
 def _hint(plan: Plan, missing: list[str], unexpected: list[str], wrong: list[str]) -> str:
@@ -251,11 +256,8 @@ def attach_tensors(
     """
     plan = make_plan(model, config)
     expected = expected_tensors(plan)
-    wrong = [
-        f"{key}: found {tuple(tensors[key].shape)}, expected {shape}"
-        for key, shape in expected.items()
-        if key in tensors and tuple(tensors[key].shape) != shape
-    ]
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    wrong = _wrong_shapes(expected, shapes, {key: key for key in tensors})
     missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     if missing or unexpected or wrong:
         raise KeyMismatchError(

@@ -110,8 +110,7 @@ class PeftModel(nn.Module):
         Raises:
             AdapterStateError: adapters are merged.
         """
-        if self.base_model.registry.merged:
-            raise AdapterStateError("adapters are merged; call unmerge_adapter() before load_state_dict()")
+        self.base_model.registry.check_unmerged("load_state_dict()")
         return super().load_state_dict(*args, **kwargs)
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:

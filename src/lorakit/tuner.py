@@ -209,10 +209,7 @@ class LoraModel(nn.Module):
         Raises:
             AdapterStateError: adapters are merged.
         """
-        if self.registry.merged:
-            raise AdapterStateError(
-                f"{list(self.registry.merged)} are merged; call unmerge_adapter() before load_state_dict()"
-            )
+        self.registry.check_unmerged("load_state_dict()")
         return super().load_state_dict(*args, **kwargs)
 
 

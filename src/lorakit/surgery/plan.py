@@ -136,18 +136,20 @@ def make_plan(
         raise PlanError(problems)
     notes = loose if source == "file" else _notes(specs, description, resolved)
     layout = bool(specs) and all(spec.kind == "conv1d" for spec in specs)
-    return _plan(replace(resolved, fan_in_fan_out=layout), specs, whole, notes, description)
+    resolved = replace(resolved, fan_in_fan_out=layout)
+    biases = _trained_biases(description, resolved, {spec.path for spec in specs}, inside)
+    return _plan(resolved, specs, whole, biases, notes, description)
 
 
 def _plan(
     config: LoraConfig,
     specs: list[AdapterSpec],
     whole: dict[str, nn.Module],
+    biases: dict[str, nn.Parameter],
     notes: list[str],
     description: Description,
 ) -> Plan:
     saved = [parameter for module in whole.values() for parameter in module.parameters()]
-    biases = trained_biases(description, config, {spec.path for spec in specs}, whole)
     return Plan(
         config=config,
         specs=tuple(specs),
@@ -227,13 +229,12 @@ def _trained_whole(description: Description, config: LoraConfig, loose: list[str
     }
 
 
-def trained_biases(
-    description: Description, config: LoraConfig, targets: Collection[str], whole: Collection[str]
+def _trained_biases(
+    description: Description, config: LoraConfig, targets: Collection[str], inside: Collection[str]
 ) -> dict[str, nn.Parameter]:
     """The base parameters that `bias` trains, by name: all with "bias" in it, or those of targeted layers."""
     if config.bias == "none":
         return {}
-    inside = {node.path for path in whole for node in description.children_of(path)}
     found: dict[str, nn.Parameter] = {}
     seen: set[int] = set()
     for node in description.nodes.values():

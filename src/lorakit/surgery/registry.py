@@ -70,6 +70,28 @@ class AdapterRegistry:
         if unknown:
             raise AdapterNameError(f"no adapter named {unknown}; this model has {list(self.configs)}")
 
+    def check_owners(self, names: Sequence[str]) -> None:
+        """Refuse adapters that cannot act together.
+
+        Raises:
+            AdapterStateError: two of them own the same whole module or bias.
+        """
+        owners: tuple[ModulesToSaveWrapper | ParameterSlot, ...] = (
+            *self.saved.values(),
+            *self.slots.values(),
+        )
+        for owner in owners:
+            single_owner(names, owner.adapters, "own the same module or parameter of the base model")
+
+    def check_unmerged(self, what: str) -> None:
+        """Refuse `what`, which would change or misread merged weights.
+
+        Raises:
+            AdapterStateError: adapters are merged.
+        """
+        if self.merged:
+            raise AdapterStateError(f"{list(self.merged)} are merged; call unmerge_adapter() before {what}")
+
     @property
     def merged(self) -> tuple[str, ...]:
         """Names merged into at least one layer."""
@@ -86,12 +108,7 @@ class AdapterRegistry:
         """
         names = tuple(dict.fromkeys(names))
         self.check_known(names)
-        owners: tuple[ModulesToSaveWrapper | ParameterSlot, ...] = (
-            *self.saved.values(),
-            *self.slots.values(),
-        )
-        for owner in owners:
-            single_owner(names, owner.adapters, "own the same module or parameter of the base model")
+        self.check_owners(names)
         if self.merged:
             warnings.warn(f"unmerging {list(self.merged)} to change the active adapters", stacklevel=3)
             self.unmerge()

@@ -46,6 +46,7 @@ def merge_and_unload(
     """
     registry.check_known(list(names or ()))
     wanted = list(registry.active if names is None else dict.fromkeys(names))
+    registry.check_owners(wanted)
     for path, layer in registry.layers.items():
         with at_path(path):
             layer.check_merge(wanted)

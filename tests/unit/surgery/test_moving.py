@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import pickle
 
+import pytest
 import torch
 
-from lorakit import LoraConfig
-from models import tiny, with_adapter
+from lorakit import AdapterStateError, LoraConfig
+from models import Snapshot, tiny, with_adapter
 
 
 def parameters_of(model):
@@ -71,3 +72,13 @@ def test_a_copied_and_a_pickled_model_are_independent():
         for mine, other in zip(peft.parameters(), twin.parameters(), strict=True):
             assert mine is not other
             assert torch.equal(mine, other)
+
+
+def test_a_refused_merge_for_good_changes_nothing():
+    peft = with_adapter(tiny(0), seed=1, target_modules=["q_proj"], modules_to_save=["norm"])
+    peft.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"]))
+    peft.base_model.disable_adapter_layers()
+    before = Snapshot(peft)
+    with pytest.raises(AdapterStateError, match="only one of them"):
+        peft.merge_and_unload(adapter_names=["default", "second"])
+    before.assert_same(peft)
