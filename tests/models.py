@@ -10,8 +10,10 @@ from transformers import BertConfig, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
 from lorakit import LoraConfig, PeftModel, get_peft_model
+from lorakit.layouts import matrix_layout
+from lorakit.specs import AdapterSpec
 from lorakit.surgery import find_registry
-from lorakit.types import AdapterSpec, Factors
+from lorakit.types import Factors
 
 WIDTH, INNER, WORDS = 8, 12, 11
 
@@ -133,7 +135,7 @@ def spec_of(base_shape, dtype=torch.float32, *, r=4, alpha=6.0, dropout=0.0, lor
     return AdapterSpec(
         path="some.path",
         kind="linear",
-        shape=base_shape,
+        layout=matrix_layout(*base_shape),
         r=r,
         lora_alpha=alpha,
         scaling=alpha / r,

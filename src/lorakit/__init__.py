@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     )
     from lorakit.layers import LoraLayer, ModulesToSaveWrapper
     from lorakit.loading import LoadReport
+    from lorakit.specs import AdapterSpec
     from lorakit.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
     from lorakit.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
     from lorakit.surgery import Plan
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
         PeftModelForTokenClassification,
     )
     from lorakit.tuner import LoraModel
-    from lorakit.types import AdapterSpec, Factors
+    from lorakit.types import Factors
 
 __version__ = "0.1.0"
 
@@ -109,7 +110,8 @@ _HOMES = {
         "PeftModelForTokenClassification",
     ),
     "tuner": ("LoraModel",),
-    "types": ("AdapterSpec", "Factors"),
+    "specs": ("AdapterSpec",),
+    "types": ("Factors",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -9,16 +9,22 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-
 from lorakit.checkpoint.hub import resolve_adapter
-from lorakit.checkpoint.keys import apply_key_mapping, from_file_key, to_file_key
+from lorakit.checkpoint.keys import to_file_key
 from lorakit.checkpoint.reading import open_adapter
 from lorakit.config import REQUIRED_KEYS, LoraConfig, check_adapter_name
 from lorakit.errors import AdapterNameError, KeyMismatchError
-from lorakit.init import InitContext, initialise
-from lorakit.surgery import attach, find_registry, make_plan
-from lorakit.surgery.attach import expected_tensors
+from lorakit.fitting import (
+    check_ties,
+    compare,
+    file_keys,
+    fill,
+    with_base_weights,
+    without_base_copies,
+    wrong_shapes,
+)
+from lorakit.surgery import attach, expected_tensors, find_registry, make_plan
+from lorakit.surgery.naming import tied_names
 
 if TYPE_CHECKING:
     import os
@@ -95,15 +101,19 @@ def load_onto(
     _check_name(model, name, options)
     file, config = read_adapter(source, options, hub)
     plan = make_plan(model, config, source="file", autocast_adapter_dtype=options.autocast_adapter_dtype)
-    keys = _file_keys(file, options, plan)
+    keys: dict[str, str] = file_keys(file, options.key_mapping, plan)
+    copies: tuple[str, ...] = ()
     if options.allow_base_weights:
-        plan = _with_base_weights(plan, keys)
-    missing, unexpected = _compare(file, plan, keys, strict=options.strict)
+        plan = with_base_weights(plan, keys)
+    else:
+        keys, copies = without_base_copies(file, plan, keys)
+    missing, unexpected = compare(file, plan, keys, strict=options.strict)
     wanted = {name_: key for name_, key in keys.items() if name_ not in unexpected}
     loaded = file.load(wanted.values())
     tensors = {name_: loaded[key] for name_, key in wanted.items()}
+    check_ties(plan, tensors, str(file.weights_path))
     if missing:
-        tensors = _fill(plan, tensors)
+        tensors = fill(plan, tensors)
     registry = _put(model, plan, name, tensors)
     if not registry.active:
         registry.set_active([name], inference_mode=not options.is_trainable)
@@ -114,7 +124,7 @@ def load_onto(
         tuple(map(to_file_key, missing)),
         tuple(keys[key] for key in unexpected),
         plan.base_weights,
-        plan.notes,
+        (*plan.notes, *(f"{to_file_key(name)}: the base's own embedding, passed over" for name in copies)),
     )
     return registry, report
 
@@ -141,111 +151,6 @@ def _check_name(model: nn.Module, name: str, options: LoadOptions) -> None:
     registry.check_unmerged("replacing an adapter")
 
 
-def _file_keys(file: AdapterFile, options: LoadOptions, plan: Plan) -> dict[str, str]:
-    """The file's keys by the name that they have in the model."""
-    found = {from_file_key(key): key for key in file.tensors}
-    names = {new: found[old] for old, new in apply_key_mapping(found, options.key_mapping or {}).items()}
-    # PEFT writes each bias of a wholly trained module twice more under bias="all"; they say nothing new.
-    doubles = tuple(
-        f"{path}.{part}." for path in plan.modules_to_save for part in ("original_module", "modules_to_save")
-    )
-    return {name: key for name, key in names.items() if not (doubles and name.startswith(doubles))}
-
-
-def _with_base_weights(plan: Plan, keys: Mapping[str, str]) -> Plan:
-    """Let the file replace the input and output embeddings, and nothing else of the base."""
-    expected = expected_tensors(plan)
-    embeddings = {id(weight) for weight in embedding_weights(plan.description.model)}
-    found = []
-    for key in keys:
-        name = key.replace(".base_layer.", ".")
-        if key in expected or name.rpartition(".")[0] not in plan.description.nodes:
-            continue
-        node = plan.description.nodes[name.rpartition(".")[0]]
-        parameter = dict(node.module.named_parameters(recurse=False)).get(name.rpartition(".")[2])
-        if id(parameter) in embeddings:
-            found.append(name)
-    return replace(plan, base_weights=tuple(found))
-
-
-def embedding_weights(model: nn.Module) -> list[Tensor]:
-    """The weights of a transformers model's input and output embeddings."""
-    getters = (getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output"))
-    modules = [getter() for getter in getters if callable(getter)]
-    weights = [getattr(module, "weight", None) for module in modules]
-    return [weight for weight in weights if isinstance(weight, torch.Tensor)]
-
-
-def _compare(
-    file: AdapterFile, plan: Plan, keys: Mapping[str, str], *, strict: bool
-) -> tuple[list[str], list[str]]:
-    """Names missing from the file and names in it that have no place."""
-    expected = expected_tensors(plan)
-    missing = [name for name in expected if name not in keys]
-    unexpected = [name for name in keys if name not in expected]
-    shapes = {name: tuple(file.tensors[key].shape) for name, key in keys.items()}
-    wrong = _wrong_shapes(expected, shapes, keys)
-    if wrong or (strict and (missing or unexpected)):
-        raise KeyMismatchError(
-            str(file.weights_path),
-            missing=map(to_file_key, missing),
-            unexpected=[keys[name] for name in unexpected],
-            mismatched=wrong,
-            hint=_hint(plan, missing, unexpected, wrong),
-        )
-    return missing, unexpected
-
-
-def _wrong_shapes(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], keys: Mapping[str, str]
-) -> list[str]:
-    """A line for each tensor of another shape, under the key that its owner knows it by."""
-    return [
-        f"{keys[name]}: found {found[name]}, expected {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
-
-
-def _hint(plan: Plan, missing: list[str], unexpected: list[str], wrong: list[str]) -> str:
-    hints = []
-    if wrong:
-        hints.append("Was the adapter made for a model of another size, or its config changed since?")
-    embeddings = {id(weight) for weight in embedding_weights(plan.description.model)}
-    nodes = plan.description.nodes
-    foreign = [nodes[name.rpartition(".")[0]] for name in unexpected if name.rpartition(".")[0] in nodes]
-    if any(id(getattr(node.module, "weight", None)) in embeddings for node in foreign):
-        hints.append("Pass allow_base_weights=True to take the embeddings that came with the adapter.")
-    if missing and unexpected:
-        hints.append("If only the names differ, pass key_mapping={regular expression: replacement}.")
-    if not wrong and (missing or unexpected):
-        hints.append("Pass strict=False to load what fits and have the rest listed.")
-    return " ".join(hints)
-
-
-def _fill(plan: Plan, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Complete an incomplete adapter: a layer that lacks a factor begins as no change, the rest as the base."""
-    filled = dict(tensors)
-    for spec in plan.specs:
-        names = [f"{spec.path}.lora_{part}" for part in ("A.weight", "B.weight", "B.bias")]
-        if all(name in tensors for name in names[: 3 if spec.lora_bias else 2]):
-            continue
-        device = torch.device("cpu") if spec.device.type == "meta" else spec.device
-        fresh = replace(spec, init="default", device=device)
-        factors = initialise(InitContext(fresh, _unread)).factors
-        values = (factors.A, factors.B, factors.bias)
-        filled.update({name: value for name, value in zip(names, values, strict=True) if value is not None})
-    base = plan.description.model.state_dict()
-    for name in expected_tensors(plan):
-        if name not in filled:
-            filled[name] = base[name].clone()
-    return filled
-
-
-def _unread(dtype: torch.dtype) -> Tensor:
-    raise AssertionError(f"the default initialiser read the base weight as {dtype}")
-
-
 def attach_tensors(
     model: nn.Module, config: LoraConfig, name: str, tensors: Mapping[str, Tensor]
 ) -> AdapterRegistry:
@@ -257,13 +162,16 @@ def attach_tensors(
     plan = make_plan(model, config)
     expected = expected_tensors(plan)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    wrong = _wrong_shapes(expected, shapes, {key: key for key in tensors})
-    missing, unexpected = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    wrong = wrong_shapes(expected, shapes, {key: key for key in tensors})
+    missing = expected.keys() - tensors.keys() - tied_names(plan).keys()
+    unexpected = tensors.keys() - expected.keys()
     if missing or unexpected or wrong:
         raise KeyMismatchError(
             "state_dict", missing=sorted(missing), unexpected=sorted(unexpected), mismatched=wrong
         )
-    return attach(model, plan, name, tensors={key: tensors[key].clone() for key in expected})
+    return attach(
+        model, plan, name, tensors={key: tensors[key].clone() for key in expected if key in tensors}
+    )
 
 
 def _put(model: nn.Module, plan: Plan, name: str, tensors: Mapping[str, Tensor]) -> AdapterRegistry:

@@ -89,12 +89,12 @@ class PeftModel(nn.Module):
     # ---- as a module --------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model."""
+        """Call the model; takes `adapter_names`, see `LoraModel.forward`."""
         return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model's own `generate`."""
-        return self.get_base_model().generate(*args, **kwargs)  # type: ignore[operator]
+        """Call the model's own `generate`; takes `adapter_names`, see `LoraModel.generate`."""
+        return self.base_model.generate(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 from lorakit.checkpoint.keys import to_file_key
 from lorakit.checkpoint.writing import write_adapter
-from lorakit.loading import embedding_weights
-from lorakit.surgery.registry import base_parameter_file_name
+from lorakit.fitting import embedding_weights
+from lorakit.surgery import describe
+from lorakit.surgery.paths import joined
 
 if TYPE_CHECKING:
     import os
@@ -68,9 +69,11 @@ def stored_config(registry: AdapterRegistry, name: str) -> LoraConfig:
 def _embeddings(registry: AdapterRegistry) -> dict[str, Tensor]:
     wanted = {id(weight) for weight in embedding_weights(registry.model)}
     found: dict[str, Tensor] = {}
-    for name, parameter in registry.model.named_parameters(remove_duplicate=False):
-        if id(parameter) in wanted:
-            found[to_file_key(base_parameter_file_name(name, registry.layers))] = parameter.detach()
+    names = registry.names()
+    for name, node in describe(registry.model).nodes.items():
+        for attribute, parameter in node.module.named_parameters(recurse=False):
+            if id(parameter) in wanted:
+                found[to_file_key(names.parameter(joined(name, attribute)))] = parameter.detach()
     return found
 
 

@@ -73,10 +73,13 @@ def get_peft_model_state_dict(
     stored = list(registry.tensors(adapter_name))
     if state_dict is None:
         return {prefix + item.file_name: item.tensor.detach() for item in stored}
-    missing = [prefix + item.state_name for item in stored if prefix + item.state_name not in state_dict]
+    own = [item for item in stored if item.state_name]
+    missing = [prefix + item.state_name for item in own if prefix + item.state_name not in state_dict]
     if missing:
         raise KeyMismatchError("state_dict", missing=missing)
-    return {prefix + item.file_name: state_dict[prefix + item.state_name] for item in stored}
+    found = {prefix + item.file_name: state_dict[prefix + item.state_name] for item in own}
+    # what a tied module shows is another tensor of the adapter, transposed
+    return found | {prefix + item.file_name: item.tensor.detach() for item in stored if not item.state_name}
 
 
 def set_peft_model_state_dict(
@@ -101,14 +104,16 @@ def set_peft_model_state_dict(
         NonFiniteError: a value is NaN or infinite. Nothing was changed after any of these.
     """
     registry, prefix = registry_of(model)
-    own = {prefix + item.file_name: item.tensor for item in registry.tensors(adapter_name)}
+    stored = list(registry.tensors(adapter_name))
+    own = {prefix + item.file_name: item.tensor for item in stored if item.state_name}
+    tied = {prefix + item.file_name for item in stored if not item.state_name}
     if adapter_name in registry.merged:
         raise AdapterStateError(
             f"adapter {adapter_name!r} is merged; call unmerge_adapter() before changing it"
         )
     given = peft_model_state_dict
     missing = [key for key in own if key not in given]
-    unexpected = [key for key in given if key not in own]
+    unexpected = [key for key in given if key not in own and key not in tied]
     wrong = [
         f"{key}: found {tuple(given[key].shape)}, expected {tuple(tensor.shape)}"
         for key, tensor in own.items()

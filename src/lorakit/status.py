@@ -81,11 +81,12 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     registry, prefix = registry_of(model)
     below = prefix.removeprefix("base_model.")
     rows = []
+    names = registry.names()
     for path, layer in registry.layers.items():
-        parameters = {name: [item.parameter for item in layer.tensors(name)] for name in layer.adapters}
+        parameters = {name: [item.tensor for item in layer.tensors(name)] for name in layer.adapters}
         rows.append(
             TunerLayerStatus(
-                name=below + path,
+                name=below + names.layer(path),
                 module_type=f"lora.{type(layer).__name__}",
                 enabled=not layer.disable_adapters,
                 active_adapters=layer.active_adapters,

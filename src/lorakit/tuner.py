@@ -11,11 +11,21 @@ from tqdm.auto import tqdm
 
 from lorakit.config import LoraConfig, check_adapter_name
 from lorakit.errors import AdapterStateError, ConfigError
-from lorakit.surgery import AdapterRegistry, attach, find_registry, make_plan, merge_and_unload, unload
+from lorakit.surgery import (
+    AdapterRegistry,
+    attach,
+    find_registry,
+    for_each_sample,
+    for_the_call,
+    make_plan,
+    merge_and_unload,
+    unload,
+)
 from lorakit.surgery.targets import IMPLICIT_HEADS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
 
 
 def prepare_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
@@ -94,9 +104,51 @@ class LoraModel(nn.Module):
         made._adopt(registry)
         return made
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the model."""
-        return self.model(*args, **kwargs)
+    def forward(self, *args: Any, adapter_names: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Call the model.
+
+        Args:
+            *args: go to the model.
+            adapter_names: one name for each sample of the batch ("__base__" for the base model), or one name for
+                the whole call; None takes the active adapters. What other threads call sees nothing of it.
+            **kwargs: go to the model.
+
+        Raises:
+            AdapterNameError, AdapterStateError, ConfigError: the names do not fit the model or the batch.
+        """
+        if adapter_names is None:
+            return self.model(*args, **kwargs)
+        with self._choosing(adapter_names):
+            return self.model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Call the model's own `generate`; `adapter_names` as in `forward`, one name for each prompt.
+
+        Raises:
+            AdapterNameError, AdapterStateError, ConfigError: the names do not fit the model or the batch.
+        """
+        generate: Any = self.model.generate
+        if adapter_names is None:
+            return generate(*args, **kwargs)
+        with self._choosing(adapter_names, repeats=True):
+            return generate(*args, **kwargs)
+
+    def _choosing(self, names: str | Sequence[str], *, repeats: bool = False) -> AbstractContextManager[None]:
+        if isinstance(names, str):
+            return for_the_call(self.registry, names)
+        return for_each_sample(self.registry, names, repeats=repeats)
+
+    def use_adapter(self, adapter_names: str | Sequence[str]) -> AbstractContextManager[None]:
+        """Within this context calls of the model go through these adapters, in this thread or task alone.
+
+        Several names add up; "__base__" or no name stands for the base model. Nothing of the model is changed, so
+        threads that share it can use different adapters at the same time.
+
+        Raises:
+            AdapterNameError: a name is unknown.
+            AdapterStateError: adapters are merged, hold trained biases, or own the same whole module.
+        """
+        return for_the_call(self.registry, adapter_names)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -37,10 +37,6 @@ NOT_YET: dict[str, str] = {
     "kasa_config": "KaSA is not available; leave it None",
     "use_bdlora": "block-diagonal LoRA is not available; leave it None",
     "alora_invocation_tokens": "activated LoRA is not available; leave it None",
-    "trainable_token_indices": "training single token rows is not available; put LoRA on the embedding instead",
-    "target_parameters": "LoRA on bare parameters is not available; name modules in target_modules",
-    "layer_replication": "repeating layers is not available; repeat them in the base model first",
-    "ensure_weight_tying": "tying adapters is not available; leave it False and target one of the tied modules",
     "megatron_config": "Megatron layers are not available; leave it None",
     "runtime_config": "ephemeral GPU offload is not available; leave ephemeral_gpu_offload False",
 }

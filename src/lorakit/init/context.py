@@ -11,21 +11,32 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from lorakit.types import AdapterSpec, Factors
+    from lorakit.specs import AdapterSpec
+    from lorakit.types import Factors
 
 
 @dataclass(frozen=True, slots=True)
 class InitContext:
-    """The circumstances of one new pair of factors.
+    """The circumstances of one new pair of factors: one low-rank block of an adapter.
 
     Attributes:
-        spec: shape, rank, scaling, dtype and device of the adapter on this module.
-        read_weight: gives the base weight as a fresh (out, in) tensor of the dtype asked for; costs nothing
+        spec: kind, rank, scaling, dtype and device of the adapter on this weight.
+        read_weight: gives the block's base weight as a fresh (out, in) tensor of the dtype asked for; costs nothing
             unless called.
     """
 
     spec: AdapterSpec
     read_weight: Callable[[torch.dtype], Tensor]
+
+    @property
+    def rank(self) -> int:
+        """The block's rank: `spec.r`, but for grouped convolutions, whose groups share it."""
+        return self.spec.layout.block_rank(self.spec.r)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The block's (out, in)."""
+        return self.spec.layout.block_shape
 
 
 class InitResult(NamedTuple):

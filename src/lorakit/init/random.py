@@ -22,23 +22,35 @@ if TYPE_CHECKING:
 def kaiming(context: InitContext) -> InitResult:
     """A uniform in ±1/sqrt(in) (Kaiming with a = sqrt 5), B zero: the adapter begins as no change.
 
+    On an embedding A is zero and B normal, since A is looked up and not multiplied.
+
     Source: Hu et al., 2021, arXiv:2106.09685, and its reference implementation.
     """
+    if context.spec.kind == "embedding":
+        return _embedding(context)
     r, in_features, out_features = _sizes(context)
     A = _empty(context, r, in_features).uniform_(-1.0, 1.0).mul_(1 / math.sqrt(in_features))
     return _result(context, A, _empty(context, out_features, r).zero_(), bias_bound=0.0)
 
 
 def gaussian(context: InitContext) -> InitResult:
-    """A normal with standard deviation 1/r, B zero (the scheme of the diffusers library)."""
+    """A normal with standard deviation 1/r, B zero (the scheme of the diffusers library); embeddings as `kaiming`."""
+    if context.spec.kind == "embedding":
+        return _embedding(context)
     r, in_features, out_features = _sizes(context)
-    A = _empty(context, r, in_features).normal_(std=1 / r)
+    A = _empty(context, r, in_features).normal_(std=1 / context.spec.r)
     return _result(context, A, _empty(context, out_features, r).zero_(), bias_bound=0.0)
 
 
 def random(context: InitContext) -> InitResult:
-    """A uniform in ±1/sqrt(in), B uniform in ±1/sqrt(r): not the identity; for tests and debugging."""
+    """A uniform in ±1/sqrt(in), B uniform in ±1/sqrt(r): not the identity; for tests and debugging.
+
+    On an embedding both are normal.
+    """
     r, in_features, out_features = _sizes(context)
+    if context.spec.kind == "embedding":
+        A, B = _empty(context, r, in_features).normal_(), _empty(context, out_features, r).normal_()
+        return _result(context, A, B, bias_bound=0.0)
     bound = 1 / math.sqrt(r)
     A = _empty(context, r, in_features).uniform_(-1.0, 1.0).mul_(1 / math.sqrt(in_features))
     B = _empty(context, out_features, r).uniform_(-bound, bound)
@@ -55,8 +67,9 @@ def orthogonal(context: InitContext) -> InitResult:
     """
     r, in_features, out_features = _sizes(context)
     if r % 2:
+        where = "" if r == context.spec.r else " for each group"
         raise PlanError(
-            [f"{context.spec.path}: init_lora_weights='orthogonal' needs an even rank, got r={r}"]
+            [f"{context.spec.path}: init_lora_weights='orthogonal' needs an even rank{where}, got {r}"]
         )
     Q = _empty(context, r, r).normal_()
     if not Q.is_meta:
@@ -66,9 +79,15 @@ def orthogonal(context: InitContext) -> InitResult:
     return _result(context, A, B, bias_bound=0.0)
 
 
+def _embedding(context: InitContext) -> InitResult:
+    r, in_features, out_features = _sizes(context)
+    A, B = _empty(context, r, in_features).zero_(), _empty(context, out_features, r).normal_()
+    return _result(context, A, B, bias_bound=0.0)
+
+
 def _sizes(context: InitContext) -> tuple[int, int, int]:
-    out_features, in_features = context.spec.shape
-    return context.spec.r, in_features, out_features
+    out_features, in_features = context.shape
+    return context.rank, in_features, out_features
 
 
 def _empty(context: InitContext, *size: int) -> Tensor:
@@ -79,6 +98,6 @@ def _result(context: InitContext, A: Tensor, B: Tensor, *, bias_bound: float) ->
     spec = context.spec
     bias = None
     if spec.lora_bias:
-        bias = _empty(context, spec.shape[0]).uniform_(-bias_bound, bias_bound).to(spec.dtype)
+        bias = _empty(context, context.shape[0]).uniform_(-bias_bound, bias_bound).to(spec.dtype)
     factors = Factors(A.contiguous().to(spec.dtype), B.contiguous().to(spec.dtype), spec.scaling, bias)
     return InitResult(factors)

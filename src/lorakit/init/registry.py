@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from lorakit.init.context import InitContext
 from lorakit.init.random import gaussian, kaiming, orthogonal, random
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from lorakit.init.context import InitContext, InitResult
+    from torch import Tensor
+
+    from lorakit.init.context import InitResult
+    from lorakit.specs import AdapterSpec
 
 INITIALISERS: Mapping[str, Callable[[InitContext], InitResult]] = {
     "default": kaiming,
@@ -29,6 +34,23 @@ def initialiser_name(init_lora_weights: bool | str) -> str:
 
 
 @torch.no_grad()
-def initialise(context: InitContext) -> InitResult:
-    """New factors for one module, by the scheme that its spec names."""
-    return INITIALISERS[context.spec.init](context)
+def initialise(spec: AdapterSpec, read: Callable[[torch.dtype], Tensor]) -> tuple[InitResult, ...]:
+    """The new factors of each block of an adapter, by the scheme that its spec names.
+
+    Args:
+        spec: what is planned for the weight.
+        read: gives the weight as `WeightCodec.read` does; called only by schemes that look at it.
+    """
+    scheme = INITIALISERS[spec.init]
+    return tuple(
+        scheme(InitContext(spec, partial(_block, spec, read, block))) for block in range(spec.layout.blocks)
+    )
+
+
+def _block(
+    spec: AdapterSpec, read: Callable[[torch.dtype], Tensor], block: int, dtype: torch.dtype
+) -> Tensor:
+    weight = read(dtype)
+    if spec.layout.experts:
+        return weight[block]
+    return weight.chunk(spec.layout.groups)[block]

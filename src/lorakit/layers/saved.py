@@ -5,12 +5,19 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any, final
 
+import torch
 from torch import Tensor, nn
 
+from lorakit.errors import UnsupportedError
+from lorakit.layers.chosen import Live, Owner, chosen_by
 from lorakit.layers.slot import single_owner
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+
+    from lorakit.layers.chosen import Chosen
+
+_AT_ONCE = "have their own copy of the same module (modules_to_save)"
 
 
 @final
@@ -28,14 +35,25 @@ class ModulesToSaveWrapper(nn.Module):
         self.modules_to_save = nn.ModuleDict()
         self._active: str | None = None
         self._enabled = True
+        self.owner = Owner()
         self.training = original_module.training
 
-    def add(self, name: str, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """Make the copy for an adapter, from the original or from `tensors` (all of its parameters and buffers)."""
+    def add(
+        self, name: str, tensors: Mapping[str, Tensor] | None = None, *, tied: nn.Module | None = None
+    ) -> None:
+        """Make the copy for an adapter.
+
+        Args:
+            name: of the adapter.
+            tensors: all of its parameters and buffers; None copies the original's.
+            tied: another copy whose `weight` is to be this one's too.
+        """
         assert name not in self.modules_to_save, f"{name!r} already has a copy"
         duplicate = copy.deepcopy(self.original_module)
         if tensors is not None:
             duplicate.load_state_dict(dict(tensors), strict=True, assign=True)
+        if tied is not None:
+            duplicate.weight = tied.weight
         duplicate.requires_grad_(requires_grad=False)
         self.modules_to_save[name] = duplicate
 
@@ -51,9 +69,7 @@ class ModulesToSaveWrapper(nn.Module):
         Raises:
             AdapterStateError: more than one of them has a copy: two whole modules cannot act at once.
         """
-        self._active = single_owner(
-            names, self.adapters, "have their own copy of the same module (modules_to_save)"
-        )
+        self._active = single_owner(names, self.adapters, _AT_ONCE)
         for name, module in self.modules_to_save.items():
             for parameter in module.parameters():
                 trainable = name == self._active and not inference_mode and parameter.is_floating_point()
@@ -86,8 +102,55 @@ class ModulesToSaveWrapper(nn.Module):
         return [] if self._active is None else [self._active]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module that acts now."""
+        """Call the module that acts now, or the one that the running call chose."""
+        if Live.any and self._enabled:
+            chosen = chosen_by(self.owner)
+            if chosen is not None:
+                return self._forward_chosen(chosen, *args, **kwargs)
         return self.active_module(*args, **kwargs)
+
+    def _forward_chosen(self, chosen: Chosen, *args: Any, **kwargs: Any) -> Any:
+        names = tuple(name for name in chosen.names if name in self.modules_to_save)
+        if chosen.ids is None:
+            mine = single_owner(names, self.adapters, _AT_ONCE)
+            module = self.original_module if mine is None else self.modules_to_save[mine]
+            return module(*args, **kwargs)
+        if not names:
+            return self.original_module(*args, **kwargs)
+        return self._by_sample(chosen, names, args, kwargs)
+
+    def _by_sample(
+        self, chosen: Chosen, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """Each copy on its own samples; the outputs in the order of the samples."""
+        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if first is None:
+            raise UnsupportedError(
+                "adapters for each sample need a tensor of samples as the input of a module in modules_to_save"
+            )
+        samples = len(first)
+        ids = chosen.groups(names, samples, first.device).ids
+
+        def only(value: Any, rows: Tensor) -> Any:
+            return (
+                value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == samples else value
+            )
+
+        outputs, places = [], []
+        for number in range(-1, len(names)):
+            rows = (ids == number).nonzero().squeeze(-1)
+            if not len(rows):
+                continue
+            module = self.original_module if number < 0 else self.modules_to_save[names[number]]
+            output = module(*(only(a, rows) for a in args), **{k: only(v, rows) for k, v in kwargs.items()})
+            if not isinstance(output, Tensor):
+                raise UnsupportedError(
+                    f"adapters for each sample need modules that give a tensor; {type(module).__name__} gives a "
+                    f"{type(output).__name__}"
+                )
+            outputs.append(output)
+            places.append(rows)
+        return torch.cat(outputs)[torch.cat(places).argsort()]
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -1,7 +1,9 @@
 """Floor 5a: describe a model, plan an adapter for it, put it on, take it off."""
 
 from lorakit.surgery.attach import attach
+from lorakit.surgery.choice import for_each_sample, for_the_call
 from lorakit.surgery.describe import Description, Node, describe
+from lorakit.surgery.naming import expected_tensors
 from lorakit.surgery.plan import Plan, make_plan
 from lorakit.surgery.registry import AdapterRegistry, find_registry
 from lorakit.surgery.unload import merge_and_unload, unload
@@ -13,7 +15,10 @@ __all__ = [
     "Plan",
     "attach",
     "describe",
+    "expected_tensors",
     "find_registry",
+    "for_each_sample",
+    "for_the_call",
     "make_plan",
     "merge_and_unload",
     "unload",

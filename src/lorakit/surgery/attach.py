@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
 from lorakit.errors import AdapterNameError
-from lorakit.init import InitContext, initialise
-from lorakit.layers import ModulesToSaveWrapper, ParameterSlot, Place, kind_of
-from lorakit.surgery.registry import AdapterRegistry, base_parameter_file_name, find_registry, set_registry
-from lorakit.types import Factors
+from lorakit.init import initialise
+from lorakit.layers import ModulesToSaveWrapper, ParameterSlot, Place
+from lorakit.surgery.naming import TOKENS, names_in_file, whole_module
+from lorakit.surgery.paths import joined
+from lorakit.surgery.registry import AdapterRegistry, find_registry, set_registry
+from lorakit.surgery.wrap import wrap_module, wrap_parameter
 from lorakit.weights import find_codec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
+    from lorakit.specs import AdapterSpec
     from lorakit.surgery.plan import Plan
-    from lorakit.types import AdapterSpec
+    from lorakit.types import Factors
+
+    New = Mapping[str, tuple[Factors, ...]]
+    """The factors of each weight's blocks, by the spec's path."""
 
 
 def attach(
-    model: nn.Module, plan: Plan, name: str, *, tensors: Mapping[str, Tensor] | None = None
+    model: torch.nn.Module, plan: Plan, name: str, *, tensors: Mapping[str, Tensor] | None = None
 ) -> AdapterRegistry:
     """Put the planned adapter on `model` under `name`, not active unless it is the first.
 
@@ -43,7 +50,27 @@ def attach(
         raise AdapterNameError(f"adapter {name!r} exists already; choose another name or delete it first")
     for note in plan.notes:
         warnings.warn(note, stacklevel=4)
-    factors = {spec.path: _factors(spec, plan, tensors) for spec in plan.specs}
+    factors = _given(plan, tensors) if tensors is not None else _initial(plan)
+    return put(model, plan, name, factors, tensors)
+
+
+def put(
+    model: torch.nn.Module,
+    plan: Plan,
+    name: str,
+    factors: New,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> AdapterRegistry:
+    """Put an adapter on `model` whose factors are at hand, or nothing of it.
+
+    Args:
+        model: the model that the plan was made for.
+        plan: what to put where.
+        name: a free adapter name.
+        factors: of every spec that is not tied to another; they become the adapter's parameters.
+        tensors: the rest of the adapter by file name; None takes the base's own values.
+    """
+    known = find_registry(model)
     registry = known if known is not None else AdapterRegistry(model)
     with ExitStack() as undo:
         if known is None:
@@ -51,105 +78,112 @@ def attach(
             _freeze(registry)
             set_registry(model, registry)
         undo.callback(registry.discard, name)
-        _commit(registry, plan, name, factors, tensors)
+        if plan.replication is not None:
+            registry.replicate(plan.replication)
+        slots = _slots(registry, plan)
+        _add_factors(registry, plan, name, factors)
+        _add_rows(registry, plan, name, tensors)
+        _add_whole(registry, plan, name, tensors)
+        _add_slots(registry, plan, name, slots, tensors)
         registry.configs[name] = plan.config
         for item in registry.tensors(name):  # trainable once it is set active
-            item.tensor.requires_grad = False
+            if item.tensor.is_leaf:
+                item.tensor.requires_grad = False
         undo.pop_all()
     return registry
 
 
-def expected_tensors(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Names in a file, and shapes, of every tensor that the planned adapter consists of."""
-    expected: dict[str, tuple[int, ...]] = {}
+def _given(plan: Plan, tensors: Mapping[str, Tensor]) -> New:
+    """The file's tensors in the adapter's dtype and on its device."""
+    names = names_in_file(plan)
+    return {
+        spec.path: _from_file(spec, names.layer(spec.path), tensors)
+        for spec in plan.specs
+        if spec.tied_to is None
+    }
+
+
+def _from_file(spec: AdapterSpec, path: str, tensors: Mapping[str, Tensor]) -> tuple[Factors, ...]:
+    device = torch.device("cpu") if spec.device.type == "meta" else spec.device
+    own = {part: tensors[joined(path, name)].to(device, spec.dtype) for part, name in spec.file_names.items()}
+    return spec.layout.split(own["A"], own["B"], spec.scaling, own.get("bias"))
+
+
+def _initial(plan: Plan) -> New:
+    found = {}
     for spec in plan.specs:
-        out_features, in_features = spec.shape
-        expected[f"{spec.path}.lora_A.weight"] = (spec.r, in_features)
-        expected[f"{spec.path}.lora_B.weight"] = (out_features, spec.r)
-        if spec.lora_bias:
-            expected[f"{spec.path}.lora_B.bias"] = (out_features,)
-    for path in plan.modules_to_save:
-        for key, tensor in _whole_module(plan, path).state_dict().items():
-            expected[f"{path}.{key}"] = tuple(tensor.shape)
-    wrapped = plan.layer_paths()
-    for name in (*plan.biases, *plan.base_weights):
-        expected[base_parameter_file_name(name, wrapped)] = tuple(plan.base_parameter(name).shape)
-    return expected
+        if spec.tied_to is not None:
+            continue
+        is_parameter = spec.kind == "parameter"
+        path, _, attribute = spec.path.rpartition(".")
+        base = plan.description.nodes[path if is_parameter else spec.path].module
+        codec = find_codec(base, attribute if is_parameter else None)
+        assert codec is not None, "the planner let a module through that no codec owns"
+        results = initialise(spec, partial(codec.read, base))
+        assert all(result.base_weight is None for result in results), "no initialiser changes the base"
+        found[spec.path] = tuple(result.factors for result in results)
+    return found
 
 
-def _whole_module(plan: Plan, path: str) -> nn.Module:
-    wrapper = plan.description.saved.get(path)
-    return plan.description.nodes[path].module if wrapper is None else wrapper.original_module
+def _add_factors(registry: AdapterRegistry, plan: Plan, name: str, factors: New) -> None:
+    rslora = plan.config.use_rslora
+    for spec in sorted(plan.specs, key=lambda spec: spec.tied_to is not None):
+        if spec.kind == "parameter":
+            wrap_parameter(registry, plan.description, spec.path)
+        else:
+            wrap_module(registry, plan.description, spec.path)
+        layer = registry.layers[spec.path]
+        if spec.tied_to is None:
+            layer.add(name, factors[spec.path], spec, use_rslora=rslora)
+        else:
+            layer.add_tied(name, registry.layers[spec.tied_to], spec, use_rslora=rslora)
 
 
-def _factors(spec: AdapterSpec, plan: Plan, tensors: Mapping[str, Tensor] | None) -> Factors:
-    """The file's tensors in the adapter's dtype and on its device, or new ones."""
-    if tensors is not None:
-        device = torch.device("cpu") if spec.device.type == "meta" else spec.device
-        A, B = (tensors[f"{spec.path}.lora_{part}.weight"].to(device, spec.dtype) for part in "AB")
-        bias = tensors[f"{spec.path}.lora_B.bias"].to(device, spec.dtype) if spec.lora_bias else None
-        return Factors(A, B, spec.scaling, bias)
-    base = plan.description.nodes[spec.path].module
-    codec = find_codec(base)
-    assert codec is not None, "the planner let a module through that no codec owns"
-    result = initialise(InitContext(spec, lambda dtype: codec.read(base, dtype)))
-    assert result.base_weight is None, "no registered initialiser changes the base"
-    return result.factors
+def _add_rows(registry: AdapterRegistry, plan: Plan, name: str, tensors: Mapping[str, Tensor] | None) -> None:
+    for token in plan.tokens:  # those with rows of their own come first
+        wrap_module(registry, plan.description, token.path)
+        layer = registry.layers[token.path]
+        source = None if token.tied_to is None else registry.layers[token.tied_to]
+        rows = None
+        if source is None:
+            given = (
+                layer.original_rows(token.indices) if tensors is None else tensors[f"{token.path}.{TOKENS}"]
+            )
+            device = torch.device("cpu") if token.device.type == "meta" else token.device
+            rows = given.to(device, token.dtype)
+        layer.add_rows(name, token.indices, rows, source)
 
 
-def _commit(
-    registry: AdapterRegistry,
-    plan: Plan,
-    name: str,
-    factors: Mapping[str, Factors],
-    tensors: Mapping[str, Tensor] | None,
+def _add_whole(
+    registry: AdapterRegistry, plan: Plan, name: str, tensors: Mapping[str, Tensor] | None
 ) -> None:
-    slots = _slots(registry, plan)
-    for spec in plan.specs:
-        _wrap_layer(registry, plan, spec.path)
-        registry.layers[spec.path].add(name, factors[spec.path], spec, use_rslora=plan.config.use_rslora)
-    for path in plan.modules_to_save:
-        whole = _whole_module(plan, path)
+    for path in sorted(plan.modules_to_save, key=lambda path: path in plan.saved_ties):
+        whole = whole_module(plan, path)
         own = None
         if tensors is not None:
             own = {key: tensors[f"{path}.{key}"].to(old) for key, old in whole.state_dict().items()}
-        _wrap_saved(registry, plan, path)
-        registry.saved[path].add(name, own)
+        if path not in registry.saved:
+            wrapper = ModulesToSaveWrapper(whole)
+            wrapper.enable_adapters(registry.enabled)
+            wrapper.owner = registry.owner
+            registry.install(path, plan.description.nodes[path].places, wrapper)
+            registry.saved[path] = wrapper
+        source = plan.saved_ties.get(path)
+        tied = None if source is None else registry.saved[source].modules_to_save[name]
+        registry.saved[path].add(name, own, tied=tied)
+
+
+def _add_slots(
+    registry: AdapterRegistry,
+    plan: Plan,
+    name: str,
+    slots: Mapping[str, ParameterSlot],
+    tensors: Mapping[str, Tensor] | None,
+) -> None:
+    names = names_in_file(plan)
     for parameter, slot in slots.items():
-        value = None
-        if tensors is not None:
-            value = tensors[base_parameter_file_name(parameter, registry.layers)].to(slot.original)
+        value = None if tensors is None else tensors[names.parameter(parameter)].to(slot.original)
         registry.slots.setdefault(parameter, slot).add(name, value, trainable=parameter in plan.biases)
-
-
-def _wrap_layer(registry: AdapterRegistry, plan: Plan, path: str) -> None:
-    if path in registry.layers:
-        return
-    node = plan.description.nodes[path]
-    kind, codec = kind_of(node.module), find_codec(node.module)
-    assert kind is not None
-    assert codec is not None
-    layer = kind.layer(node.module, codec)
-    layer.enable_adapters(registry.enabled)
-    layer.set_adapter(registry.active)
-    _install(registry, path, node.places, layer)
-    registry.layers[path] = layer
-
-
-def _wrap_saved(registry: AdapterRegistry, plan: Plan, path: str) -> None:
-    if path in registry.saved:
-        return
-    node = plan.description.nodes[path]
-    wrapper = ModulesToSaveWrapper(node.module)
-    wrapper.enable_adapters(registry.enabled)
-    _install(registry, path, node.places, wrapper)
-    registry.saved[path] = wrapper
-
-
-def _install(registry: AdapterRegistry, path: str, places: tuple[Place, ...], wrapper: nn.Module) -> None:
-    registry.places[path] = places
-    for place in places:
-        setattr(place.owner, place.attribute, wrapper)
 
 
 def _slots(registry: AdapterRegistry, plan: Plan) -> dict[str, ParameterSlot]:

@@ -1,6 +1,6 @@
 """The only walk of a model's tree. Everything that plans reads its result.
 
-The walk stops at modules that already carry adapters, so its cost does not grow with their number.
+The walk passes by what adapters have put there, so its cost does not grow with their number.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lorakit.layers import LoraLayer, ModulesToSaveWrapper, Place, kind_of
+from lorakit.layers import LoraLayer, ModulesToSaveWrapper, ParamWrapper, Place, kind_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from lorakit.layers import LayerKind
 
@@ -23,11 +23,13 @@ class Node(NamedTuple):
 
     path: str
     module: nn.Module
-    """The base module: what a `LoraLayer` wraps, not the wrapper."""
+    """The base module: what wrappers wrap, not a wrapper."""
     kind: LayerKind | None
     """The layer type that adapts it, or None."""
     layer: LoraLayer | None
-    """The wrapper, where the module already carries adapters."""
+    """The wrapper, where the module carries adapters as a whole."""
+    wrappers: tuple[ParamWrapper, ...]
+    """The wrappers of its bare parameters that carry adapters, the outermost first."""
     places: tuple[Place, ...]
     """Every attribute that holds it; a module shared between parents has several."""
 
@@ -50,21 +52,43 @@ class Description(NamedTuple):
         found = getattr(getattr(self.model, "config", None), "model_type", None)
         return found if isinstance(found, str) else None
 
-    def output_embedding(self) -> nn.Module | None:
-        """The head that makes logits over a vocabulary, where the model names one."""
-        getter = getattr(self.model, "get_output_embeddings", None)
-        found = getter() if callable(getter) else None
+    def embedding(self, side: str) -> nn.Module | None:
+        """The base module of the "input" or "output" embedding, where the model names one."""
+        getter = getattr(self.model, f"get_{side}_embeddings", None)
+        found = _named(getter) if callable(getter) else None
         return found if isinstance(found, nn.Module) else None
 
+    def path_of(self, module: nn.Module | None) -> str | None:
+        """The path of a base module, or None."""
+        return next((path for path, node in self.nodes.items() if node.module is module), None)
 
-def describe(model: nn.Module) -> Description:
-    """Walk `model` once."""
+
+def _named(getter: object) -> object:
+    """What a model says is its embedding, below our wrappers; None where it has none to name."""
+    assert callable(getter)
+    try:
+        found = getter()
+    except (NotImplementedError, AttributeError):
+        return None
+    if isinstance(found, LoraLayer):
+        return found.get_base_layer()
+    return found.original_module if isinstance(found, ModulesToSaveWrapper) else found
+
+
+def describe(model: nn.Module, instead: Mapping[int, nn.Module] | None = None) -> Description:
+    """Walk `model` once.
+
+    Args:
+        model: any module.
+        instead: modules to go on with in place of others, by the `id` of those.
+    """
     nodes: dict[str, Node] = {}
     saved: dict[str, ModulesToSaveWrapper] = {}
     paths: dict[int, str] = {}
     stack: list[tuple[str, nn.Module, Place | None]] = [("", model, None)]
     while stack:
         path, module, place = stack.pop()
+        module = instead.get(id(module), module) if instead else module
         if id(module) in paths:
             _note_place(nodes, paths[id(module)], place)
             continue
@@ -72,17 +96,24 @@ def describe(model: nn.Module) -> Description:
         if isinstance(module, ModulesToSaveWrapper):
             saved[path] = module
             continue
-        layer = module if isinstance(module, LoraLayer) else None
-        base = layer.base_layer if layer is not None else module
-        nodes[path] = Node(path, base, kind_of(base), layer, () if place is None else (place,))
-        if layer is None:
-            children = reversed(list(module._modules.items()))
-            stack += [
-                (f"{path}.{name}" if path else name, child, Place(module, name))
-                for name, child in children
-                if child is not None
-            ]
+        nodes[path] = node = _node(path, module, place)
+        children = reversed(list(node.module._modules.items()))
+        stack += [
+            (f"{path}.{name}" if path else name, child, Place(node.module, name))
+            for name, child in children
+            if child is not None
+        ]
     return Description(model, nodes, saved)
+
+
+def _node(path: str, module: nn.Module, place: Place | None) -> Node:
+    places = () if place is None else (place,)
+    if isinstance(module, ParamWrapper):
+        base = module.get_base_layer()
+        return Node(path, base, kind_of(base), None, tuple(module.chain()), places)
+    layer = module if isinstance(module, LoraLayer) else None
+    base = module if layer is None else layer.base_layer
+    return Node(path, base, kind_of(base), layer, (), places)
 
 
 def _note_place(nodes: dict[str, Node], path: str, place: Place | None) -> None:

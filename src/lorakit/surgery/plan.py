@@ -5,27 +5,30 @@ Every reason why a config does not fit the model is gathered here and raised at 
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from lorakit.config import Matcher, NearNames, check_supported
+from lorakit.config import Matcher, check_supported
 from lorakit.errors import PlanError
-from lorakit.init.registry import initialiser_name
-from lorakit.surgery.describe import describe, is_read_by_parent
-from lorakit.surgery.targets import IMPLICIT_HEADS, resolve_targets
-from lorakit.types import AdapterSpec
-from lorakit.weights import find_codec
+from lorakit.layers import attention_parts
+from lorakit.surgery.describe import describe
+from lorakit.surgery.registry import find_registry
+from lorakit.surgery.replicate import Replication, plan_replication
+from lorakit.surgery.rows import Rules, module_rows, parameter_rows
+from lorakit.surgery.targets import near_targets, resolve_targets, trained_whole
+from lorakit.surgery.ties import Ties, find_ties, tie_notes, with_tied
+from lorakit.surgery.tokens import TokenSpec, token_specs
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping, Sequence
 
     from torch import nn
 
     from lorakit.config import LoraConfig
-    from lorakit.surgery.describe import Description, Node
+    from lorakit.specs import AdapterSpec
+    from lorakit.surgery.describe import Description
 
 Source = Literal["user", "file"]
 
@@ -36,14 +39,17 @@ class Plan:
 
     Attributes:
         config: the config with `target_modules` resolved; a copy, the caller's is never changed.
-        specs: one row for each module that gets factors.
+        specs: one row for each module or bare parameter that gets factors.
         modules_to_save: paths of modules that are trained whole.
+        saved_ties: those of them whose weight is another one's, with the path of that one.
         saved_parameters: how many parameters those copies hold.
         saved_bytes: how many bytes they take.
+        tokens: one row for each module whose token rows are replaced.
         biases: names of the base parameters trained under `bias`, without copies of tied ones.
         base_weights: names of base parameters that a file brings replacements for (resized embeddings).
+        replication: the deeper list of layers that the adapter is for, or None.
         notes: things worth knowing that are no errors.
-        description: the model as it was when the plan was made.
+        description: the model as it was when the plan was made, with the deeper list in it.
     """
 
     config: LoraConfig
@@ -57,6 +63,9 @@ class Plan:
     notes: tuple[str, ...]
     description: Description
     base_weights: tuple[str, ...] = ()
+    saved_ties: Mapping[str, str] = field(default_factory=dict)
+    tokens: tuple[TokenSpec, ...] = ()
+    replication: Replication | None = None
 
     def base_parameter(self, name: str) -> torch.nn.Parameter:
         """The parameter of the base model that has this name there."""
@@ -65,29 +74,27 @@ class Plan:
         assert isinstance(parameter, torch.nn.Parameter)
         return parameter
 
-    def layer_paths(self) -> set[str]:
-        """Paths of all modules that are wrapped once the plan is carried out."""
-        here = {path for path, node in self.description.nodes.items() if node.layer is not None}
-        return here | {spec.path for spec in self.specs}
-
     @property
     def parameters(self) -> int:
         """How many parameters the adapter trains."""
-        return sum(spec.parameters for spec in self.specs) + self.saved_parameters + self.bias_parameters
+        rows = sum(spec.parameters for spec in self.specs) + sum(spec.parameters for spec in self.tokens)
+        return rows + self.saved_parameters + self.bias_parameters
 
     @property
     def bytes(self) -> int:
         """How many bytes those take, in memory and (but for the header) on disk."""
-        return sum(spec.bytes for spec in self.specs) + self.saved_bytes + self.bias_bytes
+        rows = sum(spec.bytes for spec in self.specs) + sum(spec.bytes for spec in self.tokens)
+        return rows + self.saved_bytes + self.bias_bytes
 
     def __str__(self) -> str:
         width = max((len(spec.path) for spec in self.specs), default=0)
         rows = [
-            f"{spec.path:<{width}}  {spec.kind:<7} in {spec.shape[1]:>6}  out {spec.shape[0]:>6}  r {spec.r:>4}"
+            f"{spec.path:<{width}}  {spec.kind:<9} in {spec.shape[1]:>6}  out {spec.shape[0]:>6}  r {spec.r:>4}"
             f"  scaling {spec.scaling:g}  {spec.parameters:>10,} parameters"
             for spec in self.specs
         ]
         rows += [f"{path}  trained whole" for path in self.modules_to_save]
+        rows += [f"{spec.path}  {len(spec.indices)} tokens trained" for spec in self.tokens]
         rows += [f"{name}  trained bias" for name in self.biases]
         rows += [f"note: {note}" for note in self.notes]
         total = f"{len(self.specs)} modules, {self.parameters:,} parameters, {self.bytes:,} bytes"
@@ -115,47 +122,55 @@ def make_plan(
     """
     config.validate()
     check_supported(config, loading=source == "file")
-    description = describe(model)
     problems: list[str] = []
     loose: list[str] = []
-    whole = _trained_whole(description, config, loose)
+    replication = _replication(model, config, problems)
+    if problems:
+        raise PlanError(problems)
+    deeper = {} if replication is None else {id(replication.before): replication.after}
+    description = describe(model, deeper)
+    ties = find_ties(description, config)
+    whole = trained_whole(description, config, loose)
+    saved_ties = _tie_whole(description, ties, whole)
     inside = {node.path for path in whole for node in description.children_of(path)}
     resolved = replace(config, target_modules=resolve_targets(description, config, inside))
     matcher = Matcher(resolved)
-    specs: list[AdapterSpec] = []
-    for node in description.nodes.values():
-        if node.path not in inside and matcher.target(node.path):
-            specs += _spec(node, resolved, matcher, problems, autocast_adapter_dtype=autocast_adapter_dtype)
+    rules = Rules(resolved, matcher, problems, source == "file", autocast_adapter_dtype)
+    specs = _specs(description, rules, inside, ties, loose)
+    tokens = token_specs(description, resolved, ties, whole, problems, widen=autocast_adapter_dtype)
     loose += matcher.unused()
-    if not specs and not problems:
+    if not (specs or tokens or problems):
         problems.append(
             "target_modules matches no module of this model" + near_targets(resolved, description)
         )
     problems += loose if source == "user" else []
     if problems:
         raise PlanError(problems)
+    targets = {spec.path for spec in specs}
     notes = loose if source == "file" else _notes(specs, description, resolved)
-    layout = bool(specs) and all(spec.kind == "conv1d" for spec in specs)
-    resolved = replace(resolved, fan_in_fan_out=layout)
-    biases = _trained_biases(description, resolved, {spec.path for spec in specs}, inside)
-    return _plan(resolved, specs, whole, biases, notes, description)
+    notes += tie_notes(ties, resolved, targets, whole) if source == "user" else []
+    resolved = replace(resolved, fan_in_fan_out=_stored_in_out(specs))
+    biases = _trained_biases(description, resolved, targets, inside)
+    plan = _plan(resolved, specs, whole, biases, notes, description)
+    return replace(plan, saved_ties=saved_ties, tokens=tokens, replication=replication)
 
 
 def _plan(
     config: LoraConfig,
-    specs: list[AdapterSpec],
-    whole: dict[str, nn.Module],
-    biases: dict[str, nn.Parameter],
-    notes: list[str],
+    specs: Sequence[AdapterSpec],
+    whole: Mapping[str, nn.Module],
+    biases: Mapping[str, nn.Parameter],
+    notes: Sequence[str],
     description: Description,
 ) -> Plan:
-    saved = [parameter for module in whole.values() for parameter in module.parameters()]
+    # copies of tied modules share the weight, as the modules themselves do
+    saved = {id(parameter): parameter for module in whole.values() for parameter in module.parameters()}
     return Plan(
         config=config,
         specs=tuple(specs),
         modules_to_save=tuple(whole),
-        saved_parameters=sum(parameter.numel() for parameter in saved),
-        saved_bytes=sum(parameter.nbytes for parameter in saved),
+        saved_parameters=sum(parameter.numel() for parameter in saved.values()),
+        saved_bytes=sum(parameter.nbytes for parameter in saved.values()),
         biases=tuple(biases),
         bias_parameters=sum(parameter.numel() for parameter in biases.values()),
         bias_bytes=sum(parameter.nbytes for parameter in biases.values()),
@@ -164,69 +179,67 @@ def _plan(
     )
 
 
-def _spec(
-    node: Node, config: LoraConfig, matcher: Matcher, problems: list[str], *, autocast_adapter_dtype: bool
-) -> list[AdapterSpec]:
-    """The row for one targeted module, or none and a problem."""
-    codec = find_codec(node.module)
-    if is_read_by_parent(node.module):
+def _replication(model: nn.Module, config: LoraConfig, problems: list[str]) -> Replication | None:
+    """The deeper list of layers that the config asks for: one to be made, or the one that is there."""
+    wanted = tuple((start, end) for start, end in config.layer_replication or ())
+    registry = find_registry(model)
+    here = None if registry is None else registry.replication
+    if registry is None or not registry.configs:
+        return plan_replication(model, wanted, problems) if wanted else None
+    if wanted != (() if here is None else here.ranges):
+        there = None if here is None else [list(pair) for pair in here.ranges]
         problems.append(
-            f"{node.path}: nn.MultiheadAttention reads this layer's weight without calling it, so an adapter would "
-            "have no effect; exclude it with exclude_modules"
+            f"layer_replication: got {[list(pair) for pair in wanted] or None}, but the adapters on this model have "
+            f"{there}; adapters of one model share its layers, so unload() first, or use the same value"
         )
-        return []
-    if node.kind is None or codec is None:
-        problems.append(f"{node.path}: {_why_not(node)}")
-        return []
-    r, alpha = matcher.rank(node.path), matcher.alpha(node.path)
-    weight = node.module.weight
-    assert isinstance(weight, torch.Tensor)
-    half = weight.dtype in {torch.float16, torch.bfloat16}
-    return [
-        AdapterSpec(
-            path=node.path,
-            kind=node.kind.name,
-            shape=codec.shape(node.module),
-            r=r,
-            lora_alpha=alpha,
-            scaling=alpha / math.sqrt(r) if config.use_rslora else alpha / r,
-            dropout=config.lora_dropout,
-            lora_bias=config.lora_bias,
-            init=initialiser_name(config.init_lora_weights),
-            dtype=torch.float32 if half and autocast_adapter_dtype else weight.dtype,
-            device=weight.device,
-        )
+    return None
+
+
+def _tie_whole(description: Description, ties: Ties | None, whole: dict[str, nn.Module]) -> dict[str, str]:
+    """Add the tied modules of those trained whole, if ties are to be kept; gives whose weight is whose."""
+    for path in with_tied(ties, whole):
+        wrapper = description.saved.get(path)
+        whole[path] = description.nodes[path].module if wrapper is None else wrapper.original_module
+    if ties is None or not ties.ensure or ties.source not in whole:
+        return {}
+    return {path: ties.source for path in ties.others if path in whole}
+
+
+def _specs(
+    description: Description, rules: Rules, inside: Collection[str], ties: Ties | None, loose: list[str]
+) -> list[AdapterSpec]:
+    """The rows of all modules and bare parameters that the config names, and of those tied to them."""
+    hit = [path for path in description.nodes if path not in inside and rules.matcher.target(path)]
+    parts = {f"{path}.{name}" for path in hit for name, _ in attention_parts(description.nodes[path].module)}
+    hit = [path for path in hit if path not in parts]  # the attention module itself takes care of them
+    added = with_tied(ties, hit)
+    specs = [
+        spec for path in (*hit, *added) for spec in module_rows(description.nodes[path], rules, description)
     ]
+    if ties is not None and ties.ensure and ties.source in {spec.path for spec in specs}:
+        source = next(spec for spec in specs if spec.path == ties.source)
+        specs = [_tied_row(spec, source) if spec.path in ties.others else spec for spec in specs]
+    order = {path: number for number, path in enumerate(description.nodes)}
+    specs += parameter_rows(description, rules, loose)
+    return sorted(specs, key=lambda spec: order.get(spec.path, order.get(spec.path.rpartition(".")[0], 0)))
 
 
-def _why_not(node: Node) -> str:
-    name = type(node.module).__name__
-    if node.kind is None:
-        return f"{name} cannot carry an adapter; lorakit adapts nn.Linear and transformers' Conv1D"
-    weight = getattr(node.module, "weight", None)
-    stored = f"{type(weight).__name__} of {getattr(weight, 'dtype', 'no dtype')}"
-    return (
-        f"{name} keeps its weight as {stored}, which lorakit cannot adapt; "
-        "it adapts plain fp64, fp32, bf16 and fp16 matrices"
+def _tied_row(spec: AdapterSpec, source: AdapterSpec) -> AdapterSpec:
+    """The row of a module that takes its factors from another one."""
+    return replace(
+        spec,
+        tied_to=source.path,
+        r=source.r,
+        lora_alpha=source.lora_alpha,
+        scaling=source.scaling,
+        lora_bias=False,
     )
 
 
-def _trained_whole(description: Description, config: LoraConfig, loose: list[str]) -> dict[str, nn.Module]:
-    """Modules that `modules_to_save` names, by path; those inside another one are part of it."""
-    found: dict[str, nn.Module] = {}
-    candidates = {path: node.module for path, node in description.nodes.items() if path}
-    candidates |= {path: wrapper.original_module for path, wrapper in description.saved.items()}
-    implicit = IMPLICIT_HEADS.get(config.task_type or "", ())
-    for entry in config.modules_to_save or ():
-        hits = [path for path in candidates if path.endswith(entry)]  # as PEFT: "norm" means every "...norm"
-        if not hits and entry not in implicit:
-            loose.append(f"modules_to_save: {entry!r} matches no module" + NearNames(candidates)(entry))
-        found.update({path: candidates[path] for path in hits})
-    return {
-        path: module
-        for path, module in found.items()
-        if not any(path != other and path.startswith(other + ".") for other in found)
-    }
+def _stored_in_out(specs: Sequence[AdapterSpec]) -> bool:
+    """`fan_in_fan_out` as it holds for all the linear layers of a plan."""
+    kinds = {spec.kind for spec in specs} & {"linear", "conv1d"}
+    return kinds == {"conv1d"}
 
 
 def _trained_biases(
@@ -248,22 +261,25 @@ def _trained_biases(
     return found
 
 
-def _notes(specs: list[AdapterSpec], description: Description, config: LoraConfig) -> list[str]:
+def _notes(specs: Sequence[AdapterSpec], description: Description, config: LoraConfig) -> list[str]:
     """What a user should know of a config that works."""
     notes = []
-    bare = [spec.path for spec in specs if description.nodes[spec.path].module.bias is None]
-    if config.lora_bias and bare:
+    bare = [
+        spec.path
+        for spec in specs
+        if config.lora_bias and getattr(description.nodes[spec.path].module, "bias", None) is None
+    ]
+    if bare:
         notes.append(
             f"lora_bias=True, but {len(bare)} targeted layers have no bias ({bare[0]} first): "
             "this adapter cannot be merged into them"
         )
-    if config.fan_in_fan_out and any(spec.kind != "conv1d" for spec in specs):
+    if config.fan_in_fan_out and any(spec.kind == "linear" for spec in specs):
         notes.append("fan_in_fan_out=True does not hold for nn.Linear; the layout is read off each module")
+    grouped = [spec.path for spec in specs if spec.layout.groups > 1]
+    if grouped:
+        notes.append(
+            f"{len(grouped)} targeted convolutions are grouped ({grouped[0]} first): the adapter mixes the channels "
+            "of all groups, so merging it makes them ungrouped"
+        )
     return notes
-
-
-def near_targets(config: LoraConfig, description: Description) -> str:
-    """A closing half-sentence with names that exist and look like those asked for."""
-    wanted = config.target_modules
-    entries = [wanted] if isinstance(wanted, str) else sorted(wanted or ())
-    return "".join(dict.fromkeys(map(NearNames(description.nodes), entries)))

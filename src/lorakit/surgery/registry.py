@@ -9,23 +9,30 @@ import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from lorakit.errors import AdapterError, AdapterNameError, AdapterStateError
+from lorakit.errors import AdapterError, AdapterNameError, AdapterStateError, UnsupportedError
+from lorakit.layers import Owner, ParamWrapper
 from lorakit.layers.slot import single_owner
+from lorakit.surgery.naming import Names
+from lorakit.surgery.paths import joined
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor, nn
 
     from lorakit.config import LoraConfig
-    from lorakit.layers import LoraLayer, ModulesToSaveWrapper, ParameterSlot
+    from lorakit.layers import LoraLayer, ModulesToSaveWrapper, ParameterSlot, PreparedMerge
     from lorakit.layers.slot import Place
+    from lorakit.surgery.replicate import Replication
 
 _ATTRIBUTE = "_lorakit_registry"
 
 
 class StoredTensor(NamedTuple):
-    """One tensor of an adapter, under the names it has in a file and in the model's state dict."""
+    """One tensor of an adapter, under the names it has in a file and in the model's state dict.
+
+    The second is empty for a tensor that is another one of the adapter, seen from a tied module.
+    """
 
     file_name: str
     state_name: str
@@ -38,13 +45,15 @@ class AdapterRegistry:
     Attributes:
         model: the model whose modules were wrapped.
         configs: the config of each adapter, by name.
-        layers: every `LoraLayer`, by the path of the module it wraps.
+        layers: every `LoraLayer`, by the path of the module or the bare parameter that it changes.
         saved: every `ModulesToSaveWrapper`, by path.
         slots: every base parameter that an adapter replaces, by its name in the base model.
         places: where each wrapper sits, by path.
         flags: the `requires_grad` flag that each base parameter had before the first adapter came.
         active: names of the active adapters.
         enabled: whether adapters act at all.
+        owner: stands for the model in what a call chooses for itself.
+        replication: the deeper list of layers that the adapters are for, or None.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -57,6 +66,8 @@ class AdapterRegistry:
         self.flags: dict[str, bool] = {}
         self.active: tuple[str, ...] = ()
         self.enabled = True
+        self.owner = Owner()
+        self.replication: Replication | None = None
 
     # ---- names --------------------------------------------------------------------------------------
 
@@ -82,6 +93,10 @@ class AdapterRegistry:
         )
         for owner in owners:
             single_owner(names, owner.adapters, "own the same module or parameter of the base model")
+        for path, layer in self.layers.items():
+            if layer.token_adapter is not None:
+                with at_path(path):
+                    layer.token_adapter.check_apart(names)
 
     def check_unmerged(self, what: str) -> None:
         """Refuse `what`, which would change or misread merged weights.
@@ -137,16 +152,50 @@ class AdapterRegistry:
         """Merge adapters (default: the active ones) in every layer, or in none.
 
         Raises:
-            AdapterNameError, UnsupportedError, NonFiniteError: with the module path; nothing was changed.
+            AdapterNameError, AdapterStateError, UnsupportedError, NonFiniteError: with the module path; nothing was
+                changed.
         """
         names = self.mergeable(names)
-        prepared = []
-        for path, layer in self.layers.items():
+        self.check_can_merge(names)
+        prepared: dict[LoraLayer, PreparedMerge] = {}
+        for path, layer in self.in_merge_order():
             with at_path(path):
-                prepared.append(layer.prepare_merge(names))
-        for merge in prepared:
-            if merge is not None:
-                merge.layer.commit_merge(merge)
+                found = self.prepare(layer, names, prepared)
+            if found is not None:
+                prepared[layer] = found
+        for layer, merge in prepared.items():
+            layer.commit_merge(merge)
+
+    def in_merge_order(self) -> list[tuple[str, LoraLayer]]:
+        """The layers by path, those that take their tensors from another one after it."""
+        return sorted(self.layers.items(), key=lambda item: item[1].is_tied)
+
+    def prepare(
+        self, layer: LoraLayer, names: Sequence[str], prepared: dict[LoraLayer, PreparedMerge]
+    ) -> PreparedMerge | None:
+        """A merge of one layer; that of a tied one whose weight and changes are another's is the other's."""
+        source = layer.tied_to([*layer.merged_adapters, *names])
+        done = None if source is None else prepared.get(source)
+        if source is None or done is None or not layer.shares_weight_with(source):
+            return layer.prepare_merge(names)
+        return layer.prepare_alike(done) if layer.mergeable(names) else None
+
+    def check_can_merge(self, names: Sequence[str]) -> None:
+        """Refuse merging where it has no place, or where two adapters are owners of one thing.
+
+        Raises:
+            UnsupportedError: the layers are replicated, so copies with different adapters share one weight.
+            AdapterStateError: two of the adapters, and of those merged already, replace the same token.
+        """
+        if self.replication is not None and names:
+            raise UnsupportedError(
+                f"cannot merge {list(names)}: layer_replication makes several layers share one weight, and each has "
+                "factors of its own; keep the adapter unmerged, or copy the base's layers first and train on those"
+            )
+        for path, layer in self.layers.items():
+            if layer.token_adapter is not None:
+                with at_path(path):
+                    layer.token_adapter.check_apart([*layer.merged_adapters, *names])
 
     def mergeable(self, names: Sequence[str] | None) -> list[str]:
         """The adapters to merge, with those that are merged already left out, and said so."""
@@ -168,18 +217,29 @@ class AdapterRegistry:
     def tensors(self, name: str) -> Iterator[StoredTensor]:
         """Every tensor that belongs to an adapter and to nothing else, under its names."""
         self.check_known([name])
+        own, everywhere = self.names(name), self.names()
         for path, layer in self.layers.items():
             for item in layer.tensors(name):
-                yield StoredTensor(
-                    _join(path, item.file_suffix), _join(path, item.state_suffix), item.parameter
-                )
+                state = item.state_suffix and joined(everywhere.layer(path), item.state_suffix)
+                yield StoredTensor(joined(own.layer(path), item.file_suffix), state, item.tensor)
         for path, wrapper in self.saved.items():
             for key, tensor in wrapper.tensors(name):
-                yield StoredTensor(_join(path, key), _join(path, f"modules_to_save.{name}.{key}"), tensor)
-        for parameter_name, slot in self.slots.items():
+                yield StoredTensor(joined(path, key), joined(path, f"modules_to_save.{name}.{key}"), tensor)
+        for parameter, slot in self.slots.items():
             if name in slot.copies:
-                file_name = base_parameter_file_name(parameter_name, self.layers)
-                yield StoredTensor(file_name, file_name, slot.copies[name])
+                yield StoredTensor(
+                    own.parameter(parameter), everywhere.parameter(parameter), slot.copies[name]
+                )
+
+    def names(self, adapter: str | None = None) -> Names:
+        """Where things are inside the model, counting all wrappers, or only those that carry one adapter."""
+        mine = {
+            path: layer for path, layer in self.layers.items() if adapter is None or adapter in layer.adapters
+        }
+        parameters = {
+            path: layer.get_base_layer() for path, layer in mine.items() if isinstance(layer, ParamWrapper)
+        }
+        return Names.of(mine.keys() - parameters.keys(), parameters)
 
     # ---- removal ------------------------------------------------------------------------------------
 
@@ -209,17 +269,22 @@ class AdapterRegistry:
         """Take off whatever there is of an adapter, also when it was put on only in part."""
         self.configs.pop(name, None)
         for path, layer in list(self.layers.items()):
-            if name in layer.r:
+            if name in layer.adapters:
                 layer.remove(name)
             if not layer.adapters:
-                self.unwrap(path, layer.base_layer)
+                self.unwrap(path)
                 del self.layers[path]
         for path, wrapper in list(self.saved.items()):
             if name in wrapper.modules_to_save:
                 wrapper.remove(name)
             if not wrapper.modules_to_save:
-                self.unwrap(path, wrapper.original_module)
+                self.put(self.places.pop(path, ()), wrapper.original_module)
                 del self.saved[path]
+        self._discard_slots(name)
+        if not self.configs:
+            self.replicate(None)
+
+    def _discard_slots(self, name: str) -> None:
         for key, slot in list(self.slots.items()):
             if name in slot.copies:
                 slot.remove(name)
@@ -227,10 +292,33 @@ class AdapterRegistry:
                 slot.restore()
                 del self.slots[key]
 
-    def unwrap(self, path: str, module: nn.Module) -> None:
-        """Put `module` where the wrapper of `path` is."""
-        for place in self.places.pop(path, ()):
+    def install(self, path: str, places: tuple[Place, ...], wrapper: nn.Module) -> None:
+        """Put a wrapper in place, and remember where."""
+        self.places[path] = places
+        self.put(places, wrapper)
+
+    def unwrap(self, path: str) -> None:
+        """Take a layer off: what it wraps, be it another wrapper of the same module, takes its place."""
+        places = self.places.pop(path, ())
+        inner = self.layers[path].base_layer
+        self.put(places, inner)
+        if isinstance(inner, ParamWrapper):
+            below = next(name for name, layer in self.layers.items() if layer is inner)
+            self.places[below] = places
+
+    @staticmethod
+    def put(places: tuple[Place, ...], module: nn.Module) -> None:
+        """Put a module where places are."""
+        for place in places:
             setattr(place.owner, place.attribute, module)
+
+    def replicate(self, replication: Replication | None) -> None:
+        """Put a deeper list of layers in place, or the base's own back."""
+        if self.replication is not None:
+            self.replication.undo(self.model)
+        self.replication = replication
+        if replication is not None:
+            replication.install(self.model)
 
 
 @contextmanager
@@ -241,16 +329,6 @@ def at_path(path: str) -> Iterator[None]:
     except AdapterError as error:
         error.args = (f"{path}: {error}", *error.args[1:])
         raise
-
-
-def base_parameter_file_name(name: str, layers: Container[str]) -> str:
-    """The name of a base parameter as files and state dicts have it: inside the wrapper, where there is one."""
-    path, _, attribute = name.rpartition(".")
-    return _join(path, f"base_layer.{attribute}") if path in layers else name
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def find_registry(model: nn.Module) -> AdapterRegistry | None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorakit.config import SEQ_CLS_HEADS, TARGET_MODULES, TaskType
+from lorakit.config import SEQ_CLS_HEADS, TARGET_MODULES, NearNames, TaskType
 from lorakit.errors import PlanError
 from lorakit.surgery.describe import is_read_by_parent
 
 if TYPE_CHECKING:
     from collections.abc import Collection
+
+    from torch import nn
 
     from lorakit.config import LoraConfig
     from lorakit.surgery.describe import Description
@@ -24,42 +26,48 @@ IMPLICIT_HEADS: dict[str, tuple[str, ...]] = {
 """Heads that a task's model begins with untrained: trained whole and saved, whichever of them it has."""
 
 
-def resolve_targets(
-    description: Description, config: LoraConfig, trained_whole: Collection[str]
-) -> set[str] | str:
+def resolve_targets(description: Description, config: LoraConfig, whole: Collection[str]) -> set[str] | str:
     """`target_modules` as a set of names or a regular expression, with None and "all-linear" resolved.
 
+    None takes the default of the model's type. Where there is none, it means no module if the config names
+    parameters or tokens, which can be all that an adapter trains.
+
     Raises:
-        PlanError: None, and there is no default for this kind of model; or "all-linear" finds nothing.
+        PlanError: None, and there is nothing else; or "all-linear" finds nothing.
     """
     targets = config.target_modules
     if targets == ALL_LINEAR:
-        return _all_linear(description, config, trained_whole)
+        return _all_linear(description, config, whole)
     if targets is not None:
         return targets if isinstance(targets, str) else set(targets)
     model_type = description.model_type()
     known = TARGET_MODULES.get(model_type or "")
-    if known is None:
-        names = sorted({node.path.rpartition(".")[2] for node in description.nodes.values() if node.kind})
-        why = f"target_modules is None and there is no default for model type {model_type!r}"
-        raise PlanError([f'{why}; pass target_modules="all-linear" or some of these names: {names}'])
-    return known if isinstance(known, str) else set(known)
+    if known is not None:
+        return known if isinstance(known, str) else set(known)
+    if config.target_parameters or config.trainable_token_indices:
+        return set()
+    names = sorted({node.path.rpartition(".")[2] for node in description.nodes.values() if node.kind})
+    why = f"target_modules is None and there is no default for model type {model_type!r}"
+    raise PlanError([f'{why}; pass target_modules="all-linear" or some of these names: {names}'])
 
 
-def _all_linear(description: Description, config: LoraConfig, trained_whole: Collection[str]) -> set[str]:
+def _all_linear(description: Description, config: LoraConfig, whole: Collection[str]) -> set[str]:
     """Every linear layer but the head that makes the model's output."""
-    head = description.output_embedding()
+    head = description.embedding("output")
     heads = SEQ_CLS_HEADS if head is None and config.task_type == TaskType.SEQ_CLS else ()
     chosen = {
         node.path
         for node in description.nodes.values()
         if node.kind is not None
-        and node.path not in trained_whole
+        and node.kind.is_linear
+        and node.path not in whole
         and node.module is not head
         and node.path.rpartition(".")[2] not in heads
         and not is_read_by_parent(node.module)
     }
     if not chosen:
+        if config.target_parameters or config.trainable_token_indices:
+            return set()
         raise PlanError(['target_modules="all-linear" finds no linear layer in this model'])
     return shortest_names(chosen, description.nodes)
 
@@ -78,3 +86,28 @@ def _endings(path: str) -> list[str]:
     """Endings of a path from the shortest to the whole."""
     parts = path.split(".")
     return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+
+
+def trained_whole(description: Description, config: LoraConfig, loose: list[str]) -> dict[str, nn.Module]:
+    """Modules that `modules_to_save` names, by path; those inside another one are part of it."""
+    found: dict[str, nn.Module] = {}
+    candidates = {path: node.module for path, node in description.nodes.items() if path}
+    candidates |= {path: wrapper.original_module for path, wrapper in description.saved.items()}
+    implicit = IMPLICIT_HEADS.get(config.task_type or "", ())
+    for entry in config.modules_to_save or ():
+        hits = [path for path in candidates if path.endswith(entry)]  # as PEFT: "norm" means every "...norm"
+        if not hits and entry not in implicit:
+            loose.append(f"modules_to_save: {entry!r} matches no module" + NearNames(candidates)(entry))
+        found.update({path: candidates[path] for path in hits})
+    return {
+        path: module
+        for path, module in found.items()
+        if not any(path != other and path.startswith(other + ".") for other in found)
+    }
+
+
+def near_targets(config: LoraConfig, description: Description) -> str:
+    """A closing half-sentence with names that exist and look like those asked for."""
+    wanted = config.target_modules
+    entries = [wanted] if isinstance(wanted, str) else sorted(wanted or ())
+    return "".join(dict.fromkeys(map(NearNames(description.nodes), entries)))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from typing import TYPE_CHECKING
 
+from lorakit.layers import ModulesToSaveWrapper
 from lorakit.surgery.attach import thaw
 from lorakit.surgery.registry import at_path, set_registry
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from lorakit.layers import LoraLayer
+    from lorakit.layers import LoraLayer, PreparedMerge
     from lorakit.surgery.registry import AdapterRegistry
 
     Progress = Callable[[Iterable[tuple[str, LoraLayer]]], Iterable[tuple[str, LoraLayer]]]
 
 
 def unload(registry: AdapterRegistry) -> nn.Module:
-    """Take every adapter off: modules, biases, weights and `requires_grad` flags as before the first one.
+    """Take every adapter off: modules, biases, weights, layers and `requires_grad` flags as before the first one.
 
     Raises:
         AdapterStateError: `merge_and_unload` was begun and interrupted, so no original weights are left.
@@ -47,7 +47,9 @@ def merge_and_unload(
     registry.check_known(list(names or ()))
     wanted = list(registry.active if names is None else dict.fromkeys(names))
     registry.check_owners(wanted)
-    for path, layer in registry.layers.items():
+    registry.check_can_merge(wanted)
+    order = registry.in_merge_order()
+    for path, layer in order:
         with at_path(path):
             layer.check_merge(wanted)
     if not registry.enabled:
@@ -56,41 +58,69 @@ def merge_and_unload(
         wrapper.set_adapter(wanted, inference_mode=True)
     for slot in registry.slots.values():  # before the merge: it adds lora_B's bias to the adapter's own
         slot.set_adapter(wanted, inference_mode=True)
-    tied = _tied_weights(registry)
-    for path, layer in progress(registry.layers.items()):
+    were_tied = _embeddings_are_tied(registry.model)
+    _merge_for_good(order, wanted, progress)
+    model = _take_off(registry, {path: wrapper.active_module for path, wrapper in registry.saved.items()})
+    if were_tied and not _embeddings_are_tied(model):
+        _note_untied(model)
+    return model
+
+
+def _merge_for_good(order: list[tuple[str, LoraLayer]], names: list[str], progress: Progress) -> None:
+    # which layers share a weight has to be known before the first of them gets another
+    sources = {layer: layer.tied_to([*layer.merged_adapters, *names]) for _, layer in order}
+    shared = {
+        layer: source
+        for layer, source in sources.items()
+        if source is not None and layer.shares_weight_with(source)
+    }
+    kept: dict[LoraLayer, PreparedMerge] = {}
+    for path, layer in progress(order):
         with at_path(path):
-            prepared = layer.prepare_merge(wanted)
+            done = kept.get(shared[layer]) if layer in shared else None
+            if done is not None:
+                prepared = layer.prepare_alike(done) if layer.mergeable(names) else None
+            else:
+                prepared = layer.prepare_merge(names)
         if prepared is not None:
             layer.commit_merge_for_good(prepared)
-    _untie(registry, [path for path in tied if registry.layers[path].merged])
-    return _take_off(registry, {path: wrapper.active_module for path, wrapper in registry.saved.items()})
+            if layer in shared.values():
+                kept[layer] = prepared
 
 
 def _take_off(registry: AdapterRegistry, whole: dict[str, nn.Module]) -> nn.Module:
-    for path, layer in registry.layers.items():
-        registry.unwrap(path, layer.base_layer)
+    for path in list(registry.layers):
+        registry.unwrap(path)
+        del registry.layers[path]
     for path, module in whole.items():
-        registry.unwrap(path, module)
+        registry.put(registry.places.pop(path, ()), module)
+    registry.replicate(None)
     thaw(registry)
     set_registry(registry.model, None)
     return registry.model
 
 
-def _tied_weights(registry: AdapterRegistry) -> list[str]:
-    """Paths of layers whose weight is also that of another module, such as a head tied to the embedding."""
-    uses = Counter(id(parameter) for _, parameter in registry.model.named_parameters(remove_duplicate=False))
-    return [path for path, layer in registry.layers.items() if uses[id(layer.weight)] > 1]
+def _embeddings_are_tied(model: nn.Module) -> bool:
+    """Whether a model's input and output embeddings, as it names them, hold one weight."""
+    weights = []
+    for side in ("input", "output"):
+        getter = getattr(model, f"get_{side}_embeddings", None)
+        try:
+            module = getter() if callable(getter) else None
+        except (NotImplementedError, AttributeError):
+            module = None
+        module = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+        weights.append(getattr(module, "weight", None))
+    return weights[0] is not None and weights[0] is weights[1]
 
 
-def _untie(registry: AdapterRegistry, paths: list[str]) -> None:
-    """Record in the model's config that a merged weight is no longer shared."""
-    if not paths:
-        return
-    config = getattr(registry.model, "config", None)
+def _note_untied(model: nn.Module) -> None:
+    """Record in the model's config that its embeddings are no longer shared."""
+    config = getattr(model, "config", None)
     if config is not None and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False
         warnings.warn(
-            f"{paths} shared a weight with another module; the merged weight is its own now, and "
-            "config.tie_word_embeddings was set to False so that a saved model keeps it",
+            "the input and output embeddings shared a weight, and each has its own now; config.tie_word_embeddings "
+            "was set to False so that a saved model keeps both",
             stacklevel=4,
         )

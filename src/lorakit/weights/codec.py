@@ -15,14 +15,17 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from lorakit.layouts import Layout
     from lorakit.types import Factors
 
 
 class WeightState(NamedTuple):
-    """The parameters that hold a base module's weight and bias, as `swap` takes and gives them."""
+    """What holds a base module's weight and bias, as `swap` takes and gives it."""
 
     weight: nn.Parameter
-    bias: nn.Parameter | None
+    bias: nn.Parameter | None = None
+    groups: int | None = None
+    """Of a convolution, whose merged weight may need to be ungrouped; None elsewhere."""
 
 
 class WeightCodec(Protocol):
@@ -33,29 +36,35 @@ class WeightCodec(Protocol):
         """Short name, for messages and status reports."""
 
     @property
+    def names(self) -> tuple[str, str]:
+        """What the module calls its weight and its bias."""
+
+    @property
     def can_write(self) -> bool:
         """Whether `encode`, `merged` and `swap` work; otherwise the base serves training and inference only."""
 
     def owns(self, base: nn.Module) -> bool:
         """Whether this codec is the one for `base`."""
 
-    def shape(self, base: nn.Module) -> tuple[int, int]:
-        """(out, in) of the weight, however it is stored."""
-
-    def transposed(self, base: nn.Module) -> bool:
-        """Whether the module stores its weight as (in, out)."""
+    def layout(self, base: nn.Module) -> Layout:
+        """The shapes of the weight and of factors for it, and whether it is stored (in, out)."""
 
     def read(self, base: nn.Module, dtype: torch.dtype) -> Tensor:
-        """The weight as a fresh (out, in) tensor of `dtype`."""
+        """The weight as a fresh tensor of `dtype`: (out, in), of experts (experts, out, in).
+
+        A convolution's kernel counts into `in`; a grouped one's has in / groups columns.
+        """
 
     def state(self, base: nn.Module) -> WeightState:
         """The parameters that `base` holds now, themselves, not copies."""
 
     def encode(self, base: nn.Module, W: Tensor) -> WeightState:
-        """What `swap` needs to give `base` the weight `W` (out, in); `base` keeps its own until then."""
+        """What `swap` needs to give `base` the weight `W`, shaped as `read` gives it."""
 
-    def merged(self, base: nn.Module, state: WeightState, factors: Sequence[Factors]) -> WeightState:
-        """`state` with the factors' deltas added, accumulated in fp32 and rounded once.
+    def merged(
+        self, base: nn.Module, state: WeightState, adapters: Sequence[Sequence[Factors]]
+    ) -> WeightState:
+        """`state` with the deltas of every adapter's blocks added, accumulated in fp32 and rounded once.
 
         `base` itself is only asked how it stores a weight.
         """

@@ -1,4 +1,4 @@
-"""Dense floating-point weights: `nn.Linear` (out, in) and the `Conv1D` of transformers (in, out)."""
+"""Dense floating-point weights: `nn.Linear`, transformers' `Conv1D`, `nn.Embedding`, `nn.Conv1d/2d/3d`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from lorakit.layouts import Layout, matrix_layout
 from lorakit.ops import merge_delta
 from lorakit.weights.codec import WeightState
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lorakit.types import Factors
+
+FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def conv1d_class() -> type[nn.Module] | None:
@@ -31,56 +35,61 @@ def is_conv1d(module: nn.Module) -> bool:
     return kind is not None and isinstance(module, kind)
 
 
+def is_dense(weight: object) -> bool:
+    """Whether a weight is a plain parameter of floating-point numbers."""
+    return type(weight) is nn.Parameter and weight.dtype in FLOATS
+
+
 class DenseCodec:
-    """A weight that is one floating-point matrix in a plain parameter."""
+    """A weight that is one floating-point array in a plain parameter."""
 
     name = "dense"
+    names = ("weight", "bias")
     can_write = True
 
     def owns(self, base: nn.Module) -> bool:
-        """A Linear or Conv1D whose weight is a plain floating-point matrix."""
-        weight = getattr(base, "weight", None)
-        return (
-            (isinstance(base, nn.Linear) or is_conv1d(base))
-            and type(weight) is nn.Parameter
-            and weight.ndim == 2
-            and weight.dtype in {torch.float64, torch.float32, torch.bfloat16, torch.float16}
-        )
+        """A module of one of the known types, with a plain floating-point weight."""
+        known = isinstance(base, (nn.Linear, nn.Embedding, *CONVOLUTIONS)) or is_conv1d(base)
+        return known and is_dense(getattr(base, "weight", None))
 
-    def transposed(self, base: nn.Module) -> bool:
-        """Conv1D stores (in, out)."""
-        return is_conv1d(base)
-
-    def shape(self, base: nn.Module) -> tuple[int, int]:
-        """(out, in), from the weight itself."""
-        rows, columns = self._weight(base).shape
-        return (columns, rows) if self.transposed(base) else (rows, columns)
+    def layout(self, base: nn.Module) -> Layout:
+        """From the weight itself; Conv1D and embeddings store (in, out)."""
+        weight = self._weight(base)
+        if isinstance(base, CONVOLUTIONS):
+            out, _, *kernel = weight.shape
+            return Layout(out, (base.in_channels, *kernel), groups=base.groups)
+        rows, columns = weight.shape
+        if is_conv1d(base) or isinstance(base, nn.Embedding):
+            return matrix_layout(columns, rows, transposed=True)
+        return matrix_layout(rows, columns)
 
     def read(self, base: nn.Module, dtype: torch.dtype) -> Tensor:
         """A fresh (out, in) copy."""
-        weight = self._weight(base).detach()
-        return (weight.T if self.transposed(base) else weight).to(dtype, copy=True)
+        weight = self._weight(base).detach().flatten(start_dim=1)
+        return (weight.T if self.layout(base).transposed else weight).to(dtype, copy=True)
 
     def state(self, base: nn.Module) -> WeightState:
-        """The weight and the bias."""
-        return WeightState(self._weight(base), self._bias(base))
+        """The weight, the bias, and a convolution's groups."""
+        groups = base.groups if isinstance(base, CONVOLUTIONS) else None
+        return WeightState(self._weight(base), self._bias(base), groups)
 
     def encode(self, base: nn.Module, W: Tensor) -> WeightState:
-        """`W` in the dtype and layout of the base weight."""
-        old = self._weight(base)
-        new = (W.T if self.transposed(base) else W).to(old, copy=True).contiguous()
-        return WeightState(nn.Parameter(new, requires_grad=old.requires_grad), self._bias(base))
+        """`W` in the dtype, layout and shape of the base weight."""
+        old = self.state(base)
+        stored = (W.T if self.layout(base).transposed else W).to(old.weight, copy=True).contiguous()
+        new = nn.Parameter(stored.view_as(old.weight), requires_grad=old.weight.requires_grad)
+        return old._replace(weight=new)
 
-    @torch.no_grad()
-    def merged(self, base: nn.Module, state: WeightState, factors: Sequence[Factors]) -> WeightState:
-        """W + sum of the deltas; the bias takes the biases of the factors."""
-        weight, bias = state
-        new = merge_delta(weight.detach(), factors, transposed=self.transposed(base))
-        parts = [part.bias.double() * part.scaling for part in factors if part.bias is not None]
-        if parts and bias is not None:
-            total = (bias.double() + torch.stack(parts).sum(dim=0)).to(bias.dtype)
-            bias = nn.Parameter(total, requires_grad=bias.requires_grad)
-        return WeightState(nn.Parameter(new, requires_grad=weight.requires_grad), bias)
+    def merged(
+        self, base: nn.Module, state: WeightState, adapters: Sequence[Sequence[Factors]]
+    ) -> WeightState:
+        """W + sum of the deltas; the bias takes the biases of the factors; a grouped weight becomes ungrouped."""
+        layout = self.layout(base)
+        if state.groups is not None:  # the base may hold an ungrouped weight now
+            layout = Layout(layout.out, layout.row, groups=state.groups)
+        weight = add_blocks(layout, state.weight, adapters)
+        bias = add_biases(state.bias, adapters)
+        return WeightState(weight, bias, 1 if state.groups else None)
 
     def swap(self, base: nn.Module, state: WeightState) -> WeightState:
         """Exchange the parameter objects."""
@@ -88,6 +97,8 @@ class DenseCodec:
         base.weight = state.weight
         if state.bias is not None:
             base.bias = state.bias
+        if state.groups is not None:
+            base.groups = state.groups  # type: ignore[assignment]  # an attribute of convolutions
         return old
 
     @staticmethod
@@ -98,6 +109,30 @@ class DenseCodec:
 
     @staticmethod
     def _bias(base: nn.Module) -> nn.Parameter | None:
-        bias = base.bias
+        bias = getattr(base, "bias", None)  # an embedding has none
         assert bias is None or isinstance(bias, nn.Parameter)
         return bias
+
+
+@torch.no_grad()
+def add_blocks(layout: Layout, weight: nn.Parameter, adapters: Sequence[Sequence[Factors]]) -> nn.Parameter:
+    """A new parameter of `weight` plus every adapter's delta, each block in its own part of the weight."""
+    dense = layout.make_dense(weight.detach())
+    old = layout.regions(dense if dense.is_contiguous() else dense.contiguous())
+    new = torch.empty(dense.shape, dtype=dense.dtype, device=dense.device)
+    for source, target, *blocks in zip(old, layout.regions(new), *adapters, strict=True):
+        merge_delta(source, blocks, transposed=layout.transposed, out=target)
+    return nn.Parameter(new, requires_grad=weight.requires_grad)
+
+
+@torch.no_grad()
+def add_biases(bias: nn.Parameter | None, adapters: Sequence[Sequence[Factors]]) -> nn.Parameter | None:
+    """A new parameter of `bias` plus every adapter's scaled bias, summed in fp64; `bias` itself if there are none."""
+    parts = []
+    for blocks in adapters:
+        own = [block.bias.double() * block.scaling for block in blocks if block.bias is not None]
+        parts += [torch.cat(own)] if own else []
+    if bias is None or not parts:
+        return bias
+    total = (bias.double() + torch.stack(parts).sum(dim=0)).to(bias.dtype)
+    return nn.Parameter(total, requires_grad=bias.requires_grad)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorakit.weights.dense import DenseCodec
+from lorakit.weights.parameter import ParameterCodec
 
 if TYPE_CHECKING:
     from torch import nn
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 CODECS: tuple[WeightCodec, ...] = (DenseCodec(),)
 
 
-def find_codec(base: nn.Module) -> WeightCodec | None:
-    """The codec for `base`, or None when no codec knows how its weight is stored."""
-    return next((codec for codec in CODECS if codec.owns(base)), None)
+def find_codec(base: nn.Module, parameter: str | None = None) -> WeightCodec | None:
+    """The codec for `base`, or for its parameter of a given name; None when no codec knows how it is stored."""
+    codecs = CODECS if parameter is None else (ParameterCodec(parameter),)
+    return next((codec for codec in codecs if codec.owns(base)), None)

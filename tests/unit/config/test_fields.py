@@ -299,8 +299,7 @@ UNSUPPORTED = [
     ("use_dora", True, True), ("use_qalora", True, True), ("velora_config", {"scale": 1}, True),
     ("monteclora_config", {"num_samples": 10**6}, True), ("arrow_config", {"top_k": 3}, True),
     ("kasa_config", {"beta": 1}, True), ("use_bdlora", {"nblocks": 2}, True),
-    ("alora_invocation_tokens", [1], True), ("trainable_token_indices", [1], True),
-    ("target_parameters", ["w"], True), ("layer_replication", [(0, 2)], True), ("ensure_weight_tying", True, True),
+    ("alora_invocation_tokens", [1], True),
     ("megatron_config", {"a": 1}, True), ("runtime_config", LoraRuntimeConfig(ephemeral_gpu_offload=True), True),
 ]  # fmt: skip
 

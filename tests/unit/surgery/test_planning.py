@@ -35,7 +35,8 @@ def test_describe_meets_each_module_once_and_knows_all_places():
     assert [place.attribute for place in found.nodes["first"].places] == ["first", "second"]
     assert all(place.owner is model for place in found.nodes["first"].places)
     assert found.nodes["first"].kind.name == "linear"
-    assert found.nodes["conv"].kind is None
+    assert found.nodes["conv"].kind.name == "conv"
+    assert found.nodes["attention"].kind is None, "its parts carry adapters, not it"
     assert [node.path for node in found.children_of("attention")] == ["attention", "attention.out_proj"]
 
 
@@ -68,7 +69,10 @@ ERRORS = {
     ),
     "nothing matches": ({"target_modules": ["query"]}, ["target_modules", "matches no module"]),
     "pattern": ({"target_modules": ".*_qq"}, ["target_modules", ".*_qq", "matches no module"]),
-    "unsupported type": ({"target_modules": ["embed"]}, ["embed: Embedding cannot carry", "nn.Linear"]),
+    "unsupported type": (
+        {"target_modules": ["norm"]},
+        ["layers.0.norm: LayerNorm cannot carry", "nn.Linear"],
+    ),
     "rank_pattern": ({"rank_pattern": {"down": 2}}, ["rank_pattern", "'down'"]),
     "alpha_pattern": ({"alpha_pattern": {"q_prj": 2}}, ["alpha_pattern", "'q_prj'", "q_proj"]),
     "exclude_modules": ({"exclude_modules": ["nope"]}, ["exclude_modules", "'nope'"]),
@@ -92,14 +96,14 @@ def test_each_refusal_says_what_and_where(case):
 
 def test_all_problems_come_at_once():
     wrong = config(
-        target_modules=["q_proj", "embed", "v_projj"], rank_pattern={"down": 2}, modules_to_save=["heed"]
+        target_modules=["q_proj", "norm", "v_projj"], rank_pattern={"down": 2}, modules_to_save=["heed"]
     )
     with pytest.raises(PlanError) as caught:
         plan(tiny(), wrong)
     text = "\n".join(caught.value.problems)
-    for word in ("embed", "v_projj", "down", "heed"):
+    for word in ("norm", "v_projj", "down", "heed"):
         assert word in text
-    assert len(caught.value.problems) == 4
+    assert len(caught.value.problems) == 5, "two norms, and one for each of the other three"
 
 
 def test_from_a_file_what_matches_nothing_is_a_note():
@@ -172,6 +176,8 @@ def test_planning_a_second_adapter_sees_the_base_not_the_wrappers():
     model = with_adapter(tiny())
     another(model, "other", target_modules="all-linear")
     assert set(model.base_model.registry.layers) == {
-        name for name, module in Tiny().named_modules() if describe(Tiny()).nodes[name].kind is not None
+        name
+        for name, module in Tiny().named_modules()
+        if (kind := describe(Tiny()).nodes[name].kind) is not None and kind.is_linear
     }
     assert model(ids()).shape == (2, 5, 11)

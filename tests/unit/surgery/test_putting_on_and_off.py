@@ -279,9 +279,10 @@ def test_merge_and_unload_of_a_tied_head():
     model = tiny_llama(tie=True)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     embeddings = bits(model.model.embed_tokens.weight)
-    peft = with_adapter(model, target_modules=["lm_head", "q_proj"])
+    with pytest.warns(UserWarning, match=r"lm_head.*tied modules.*ensure_weight_tying"):
+        peft = with_adapter(model, target_modules=["lm_head", "q_proj"])
     wanted = logits(peft)
-    with pytest.warns(UserWarning, match=r"lm_head.*tie_word_embeddings"):
+    with pytest.warns(UserWarning, match=r"shared a weight.*tie_word_embeddings"):
         merged = peft.merge_and_unload()
     torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-5)
     assert merged.config.tie_word_embeddings is False

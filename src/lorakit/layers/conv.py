@@ -1,0 +1,147 @@
+"""LoRA on `nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d`: A looks where the base looks, B is 1 x 1."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from lorakit.layers.base import LoraLayer
+from lorakit.layers.chosen import Live
+from lorakit.layers.factors import looking_conv, pointwise_conv
+from lorakit.layers.hooks import is_observed
+from lorakit.layers.linear import held_by_modules
+from lorakit.layouts import filled
+
+if TYPE_CHECKING:
+    from lorakit.layers.chosen import Chosen
+    from lorakit.layers.factors import Convolution
+    from lorakit.weights import WeightCodec
+
+_CONVOLVE = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
+
+
+@final
+class Conv(LoraLayer):
+    """y = base(x) + sum over the routed adapters of scaling · B(A(dropout(x))).
+
+    x (batch, in_channels, *space). A has the stride, padding and dilation of the base and sees all channels, so a
+    grouped base gets mixed channels too; B has the base's groups. Merging makes a grouped weight an ungrouped one.
+
+    Attributes:
+        lora_A, lora_B: the factors by adapter name, as convolutions.
+    """
+
+    def __init__(self, base_layer: nn.Module, codec: WeightCodec) -> None:
+        super().__init__(base_layer, codec)
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(batch, in_channels, *space) -> (batch, out, *space); further arguments go to the base layer."""
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        route = self._route
+        if Live.any:
+            chosen = self._chosen()
+            if chosen is not None and chosen.ids is not None:
+                return self._mixed(chosen, y, x)
+            route = route if chosen is None else self._present(chosen.names)
+        dtype = y.dtype
+        for name in route:
+            y = y + self._contribution(name, x)
+        return y.to(dtype)
+
+    def _contribution(self, name: str, x: Tensor) -> Tensor:
+        """What an adapter adds; through its modules where something hangs on them."""
+        dropped, scaling = self.lora_dropout[name](x), self.scaling[name]
+        A, B, bias = self.stored(name)
+        if any(is_observed(module) for module in self.modules_of(name)):
+            found: Tensor = self.lora_B[name](self.lora_A[name](dropped.to(A.dtype))) * scaling
+            return found
+        h = self._convolve(dropped, A.to(x.dtype)) * scaling
+        space = len(self.layout.row) - 1
+        convolve: Any = _CONVOLVE[space]
+        z: Tensor = convolve(h, B.to(h.dtype), groups=self.layout.groups)
+        return z if bias is None else z + (bias * scaling).view(-1, *(1,) * space)
+
+    def _mixed(self, chosen: Chosen, y: Tensor, x: Tensor) -> Tensor:
+        """Each sample through its own adapter: one convolution, in which a sample is a group."""
+        names = self._present(chosen.names)
+        if not names:
+            return y
+        ids = chosen.groups(names, x.shape[0], x.device).ids
+        place = ids.clamp(min=0)
+        stored = [self.stored(name) for name in names]
+        per_group = max(item.B.shape[1] for item in stored)
+        groups, space = self.layout.groups, len(self.layout.row) - 1
+        A = torch.stack(
+            [self._by_group(item.A, per_group) for item in stored]
+        )  # (n, groups·rank, in, *kernel)
+        B = torch.stack([filled(item.B.flatten(1), per_group, dim=1) for item in stored])  # (n, out, rank)
+        scaling = torch.tensor(
+            [*(float(self.scaling[name]) for name in names), 0.0], device=y.device, dtype=x.dtype
+        )[ids]  # -1, the base alone, finds the zero at the end
+        h = self._convolve_each(self._dropped(x, names, place), A.to(x.dtype)[place])
+        h = h * scaling.view(-1, 1, *(1,) * space)
+        each = h.reshape(len(ids) * groups, per_group, -1)
+        matrices = B.to(h.dtype)[place].reshape(len(ids) * groups, -1, per_group)
+        y = y + torch.bmm(matrices, each).reshape(y.shape).to(y.dtype)
+        if any(item.bias is not None for item in stored):
+            none = torch.zeros(self.layout.out, device=y.device, dtype=B.dtype)
+            biases = torch.stack([none if item.bias is None else item.bias for item in stored])
+            y = y + (biases[place].to(y.dtype) * scaling.unsqueeze(-1)).view(*y.shape[:2], *(1,) * space)
+        return y
+
+    def _by_group(self, A: Tensor, per_group: int) -> Tensor:
+        """A with the ranks of each group filled with zeros up to `per_group`."""
+        groups = self.layout.groups
+        return filled(A.reshape(groups, -1, *A.shape[1:]), per_group, dim=1).reshape(-1, *A.shape[1:])
+
+    def _dropped(self, x: Tensor, names: tuple[str, ...], place: Tensor) -> Tensor:
+        """X after the dropout of each sample's own adapter."""
+        rates = [self._rate(name) for name in names]
+        if not any(rates):
+            return x
+        rate = torch.tensor(rates, device=x.device)[place].view(-1, *(1,) * (x.ndim - 1))
+        kept = torch.rand(x.shape, device=x.device) >= rate
+        return x * (kept / (1 - rate)).to(x.dtype)
+
+    def _rate(self, name: str) -> float:
+        dropout = self.lora_dropout[name]
+        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+    def _convolve(self, x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
+        """X with `weight`, where the base looks."""
+        base = self._base
+        padding: Any = base.padding
+        if base.padding_mode != "zeros":
+            x, padding = pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode), 0
+        convolve: Any = _CONVOLVE[len(self.layout.row) - 1]
+        found: Tensor = convolve(x, weight, None, base.stride, padding, base.dilation, groups)
+        return found
+
+    def _convolve_each(self, x: Tensor, weights: Tensor) -> Tensor:
+        """X (n, in, *space) with weights (n, rank, in, *kernel), each sample with its own -> (n, rank, *space)."""
+        n, rank = weights.shape[:2]
+        folded = x.reshape(1, -1, *x.shape[2:])
+        found = self._convolve(folded, weights.reshape(n * rank, *weights.shape[2:]), groups=n)
+        return found.reshape(n, rank, *found.shape[2:])
+
+    @property
+    def _base(self) -> Convolution:
+        base = self.get_base_layer()
+        assert isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        return base
+
+    def _hold(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
+        self.lora_A[name] = looking_conv(self._base, A)
+        self.lora_B[name] = pointwise_conv(B, bias, groups=self.layout.groups)
+
+    def _let_go(self, name: str) -> None:
+        del self.lora_A[name]
+        del self.lora_B[name]
+
+    def _held(self, name: str) -> dict[str, tuple[str, nn.Parameter]]:
+        return held_by_modules(self.lora_A, self.lora_B, name)

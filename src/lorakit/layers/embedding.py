@@ -1,0 +1,116 @@
+"""LoRA on `nn.Embedding`: A is looked up like the embedding itself, B multiplies what was found."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, linear
+
+from lorakit.layers.base import LoraLayer
+from lorakit.layers.chosen import Live
+from lorakit.layers.mixing import rows_by_sample
+from lorakit.layouts import filled
+
+if TYPE_CHECKING:
+    from lorakit.layers.chosen import Chosen
+    from lorakit.weights import WeightCodec
+
+
+@final
+class Embedding(LoraLayer):
+    """y = base(ids) + sum over the routed adapters of scaling · A[:, ids]ᵀ Bᵀ.
+
+    ids (...) and y (..., dim). `padding_idx` and `scale_grad_by_freq` of the base hold for the lookup of A, and an
+    `embed_scale` of the base multiplies the adapters too. Dropout has no meaning for ids and is not applied.
+
+    Attributes:
+        lora_embedding_A, lora_embedding_B: the factors (r, tokens) and (dim, r) by adapter name.
+    """
+
+    def __init__(self, base_layer: nn.Module, codec: WeightCodec) -> None:
+        super().__init__(base_layer, codec)
+        self.lora_A = nn.ModuleDict()
+        self.lora_B = nn.ModuleDict()
+        self.lora_embedding_A = nn.ParameterDict()
+        self.lora_embedding_B = nn.ParameterDict()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(...) of ids -> (..., dim); further arguments go to the base layer."""
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        route = self._route
+        if Live.any:
+            chosen = self._chosen()
+            if chosen is not None and chosen.ids is not None:
+                return self._mixed(chosen, y, x)
+            route = route if chosen is None else self._present(chosen.names)
+        if not route:
+            return y
+        dtype = y.dtype
+        if self.token_adapter is not None:
+            y = self.token_adapter.in_embedding(y, x, route, self._scale)
+        for name in route:
+            if name in self.r:
+                A, B, _ = self.stored(name)
+                h = self._look_up(x, A.t()).to(dtype) * (self.scaling[name] * self._scale)
+                y = y + linear(h.to(dtype), B.to(dtype))
+        return y
+
+    def _mixed(self, chosen: Chosen, y: Tensor, x: Tensor) -> Tensor:
+        """Each sample through its own adapter; x (samples, ...) of ids."""
+        present = self._present(chosen.names)
+        if self.token_adapter is not None:
+            tokens, scale = self.token_adapter, self._scale
+            y = rows_by_sample(
+                y, chosen, present, x, lambda y, name: tokens.in_embedding(y, x, [name], scale)
+            )
+        names = tuple(name for name in present if name in self.r)
+        if not names:
+            return y
+        ids = chosen.groups(names, x.shape[0], x.device).ids
+        stored = [self.stored(name) for name in names]
+        rank = max(item.A.shape[0] for item in stored)
+        # one table of all adapters' rows: tokens of the second follow those of the first
+        table = torch.cat([filled(item.A, rank, dim=0).t() for item in stored])
+        B = torch.stack([filled(item.B, rank, dim=1) for item in stored]).to(y.dtype)
+        scaling = torch.tensor(
+            [*(float(self.scaling[name]) for name in names), 0.0], device=y.device, dtype=y.dtype
+        )
+        place = ids.clamp(min=0)
+        shifted = x.reshape(len(ids), -1) + (place * self.layout.shape[1]).unsqueeze(-1)
+        h = self._look_up(shifted, table, tables=len(names)).to(y.dtype)
+        h = h * (scaling[ids] * self._scale).view(-1, 1, 1)  # -1, the base alone, finds the zero at the end
+        return y + torch.bmm(h, B[place].mT).view(y.shape)
+
+    def _look_up(self, ids: Tensor, table: Tensor, tables: int = 1) -> Tensor:
+        """Rows of A transposed, with the base's way of counting gradients."""
+        base = self.get_base_layer()
+        assert isinstance(base, nn.Embedding)
+        padding = base.padding_idx if tables == 1 else None
+        found = embedding(ids, table, padding, scale_grad_by_freq=base.scale_grad_by_freq)
+        if tables > 1 and base.padding_idx is not None and table.requires_grad:
+            # the padding's row gets no gradient, in whichever table it is
+            is_padding = (ids % self.layout.shape[1] == base.padding_idx).unsqueeze(-1)
+            found = torch.where(is_padding, found.detach(), found)
+        return found
+
+    @property
+    def _scale(self) -> Any:
+        """What the base multiplies its output by (Gemma's embeddings), else 1."""
+        return getattr(self.get_base_layer(), "embed_scale", 1.0)
+
+    def _hold(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
+        assert bias is None, "the planner refuses lora_bias on an embedding"
+        self.lora_embedding_A[name] = nn.Parameter(A)
+        self.lora_embedding_B[name] = nn.Parameter(B)
+
+    def _let_go(self, name: str) -> None:
+        del self.lora_embedding_A[name]
+        del self.lora_embedding_B[name]
+
+    def _held(self, name: str) -> dict[str, tuple[str, nn.Parameter]]:
+        return {
+            "A": (f"lora_embedding_A.{name}", self.lora_embedding_A[name]),
+            "B": (f"lora_embedding_B.{name}", self.lora_embedding_B[name]),
+        }

@@ -1,0 +1,27 @@
+"""A module's double for one call: everything is shared with the module but for some parameters and children."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import nn
+
+M = TypeVar("M", bound="nn.Module")
+
+
+def stand_in(module: M, parameters: Mapping[str, Any], children: Mapping[str, nn.Module] | None = None) -> M:
+    """A module of the same class, mode and hooks that holds these values instead of its own.
+
+    Args:
+        module: not changed.
+        parameters: tensors, or what acts like one, by the names of parameters.
+        children: modules by the names of children.
+    """
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    twin.__dict__["_parameters"] = {**module._parameters, **parameters}
+    twin.__dict__["_modules"] = {**module._modules, **(children or {})}
+    return twin

@@ -1,0 +1,116 @@
+"""What the tensors of an adapter are called, in a file and in the model, and their shapes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from lorakit.surgery.paths import joined, located, nested
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping
+
+    from torch import nn
+
+    from lorakit.surgery.plan import Plan
+
+TOKENS = "token_adapter.trainable_tokens_delta"
+
+
+class Names(NamedTuple):
+    """Where layers and base parameters are, given which wrappers are counted.
+
+    Several parameters of one module are nested, the last of the module outermost. A file knows only of the wrappers
+    that its own adapter needs, a state dict of all.
+
+    Attributes:
+        modules: paths of the modules that are wrapped as a whole.
+        nested: the path of each parameter's wrapper.
+        depths: how many wrappers each module has for its parameters.
+    """
+
+    modules: Collection[str]
+    nested: Mapping[str, str]
+    depths: Mapping[str, int]
+
+    @classmethod
+    def of(cls, modules: Collection[str], parameters: Mapping[str, nn.Module]) -> Names:
+        """From what is wrapped: paths of modules, and parameters by name with the modules that hold them."""
+        owners: dict[str, list[str]] = {}
+        for name in parameters:
+            path, _, attribute = name.rpartition(".")
+            owners.setdefault(path, []).append(attribute)
+        counts = {path: len(attributes) for path, attributes in owners.items()}
+        found = {}
+        for path, attributes in owners.items():
+            module = parameters[f"{path}.{attributes[0]}"]
+            for depth, attribute in enumerate(outermost_first(module, attributes)):
+                found[f"{path}.{attribute}"] = nested(located(path, counts), depth)
+        return cls(modules, found, counts)
+
+    def layer(self, path: str) -> str:
+        """The path of the wrapper of a module or a parameter."""
+        return self.nested.get(path) or located(path, self.depths)
+
+    def parameter(self, name: str) -> str:
+        """The name of a base parameter."""
+        owner = name.rpartition(".")[0]
+        return located(name, {**self.depths, owner: 1} if owner in self.modules else self.depths)
+
+
+def names_in_file(plan: Plan) -> Names:
+    """Where things are in the file of a planned adapter."""
+    nodes = plan.description.nodes
+    parameters = {
+        spec.path: nodes[spec.path.rpartition(".")[0]].module
+        for spec in plan.specs
+        if spec.kind == "parameter"
+    }
+    modules = {spec.path for spec in plan.specs} | {spec.path for spec in plan.tokens}
+    return Names.of(modules - parameters.keys(), parameters)
+
+
+def outermost_first(module: nn.Module, attributes: Iterable[str]) -> list[str]:
+    """The order in which wrappers of a module's parameters are nested."""
+    order = {name: number for number, name in enumerate(module._parameters)}
+    return sorted(attributes, key=lambda name: -order[name])
+
+
+def expected_tensors(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Names in a file, and shapes, of every tensor that the planned adapter consists of.
+
+    Those of tied modules are among them: a file holds them twice.
+    """
+    expected: dict[str, tuple[int, ...]] = {}
+    names = names_in_file(plan)
+    for spec in plan.specs:
+        for part, name in spec.file_names.items():
+            expected[joined(names.layer(spec.path), name)] = spec.shapes[part]
+    for path in plan.modules_to_save:
+        for key, tensor in whole_module(plan, path).state_dict().items():
+            expected[f"{path}.{key}"] = tuple(tensor.shape)
+    for token in plan.tokens:
+        if token.tied_to is None:
+            expected[f"{token.path}.{TOKENS}"] = (len(token.indices), token.width)
+    for name in (*plan.biases, *plan.base_weights):
+        expected[names.parameter(name)] = tuple(plan.base_parameter(name).shape)
+    return expected
+
+
+def tied_names(plan: Plan) -> dict[str, tuple[str, bool]]:
+    """For each tensor of a file that another one determines: the name of that one, and whether it is transposed."""
+    found: dict[str, tuple[str, bool]] = {}
+    names = names_in_file(plan)
+    for spec in plan.specs:
+        if spec.tied_to is not None:
+            source, path = names.layer(spec.tied_to), names.layer(spec.path)
+            found[f"{path}.lora_A.weight"] = (f"{source}.lora_embedding_B", True)
+            found[f"{path}.lora_B.weight"] = (f"{source}.lora_embedding_A", True)
+    for path, source in plan.saved_ties.items():
+        found[f"{path}.weight"] = (f"{source}.weight", False)
+    return found
+
+
+def whole_module(plan: Plan, path: str) -> nn.Module:
+    """The base's module that is trained whole at a path."""
+    wrapper = plan.description.saved.get(path)
+    return plan.description.nodes[path].module if wrapper is None else wrapper.original_module

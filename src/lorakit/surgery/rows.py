@@ -1,0 +1,203 @@
+"""The rows of a plan: what a config puts on one module or one bare parameter, or why it cannot."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import nn
+
+from lorakit.config import NearNames
+from lorakit.init.registry import initialiser_name
+from lorakit.layers import PARAMETER, attention_parts
+from lorakit.specs import AdapterSpec
+from lorakit.surgery.describe import is_read_by_parent
+from lorakit.surgery.paths import joined
+from lorakit.weights import find_codec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from lorakit.config import LoraConfig, Matcher
+    from lorakit.layers import LayerKind
+    from lorakit.layouts import Layout
+    from lorakit.surgery.describe import Description, Node
+
+
+class Rules(NamedTuple):
+    """What every row of a plan needs.
+
+    Attributes:
+        config: with `target_modules` resolved.
+        matcher: of that config.
+        problems: what does not fit, added to.
+        from_file: whether the config describes tensors that exist already; what only training needs is not asked then.
+        widen: keep adapters of a half-precision base in fp32.
+    """
+
+    config: LoraConfig
+    matcher: Matcher
+    problems: list[str]
+    from_file: bool
+    widen: bool
+
+
+def module_rows(node: Node, rules: Rules, description: Description) -> list[AdapterSpec]:
+    """The rows for one targeted module, or none and a problem."""
+    parts = attention_parts(node.module)
+    if parts:
+        return _attention_rows(node, parts, rules, description)
+    problem = _why_not(node)
+    if problem:
+        rules.problems.append(f"{node.path}: {problem}")
+        return []
+    assert node.kind is not None
+    codec = find_codec(node.module)
+    assert codec is not None
+    layout = codec.layout(node.module) if node.layer is None else node.layer.layout
+    return _row(node.path, node.kind, layout, node.module.weight, rules)
+
+
+def parameter_rows(description: Description, rules: Rules, loose: list[str]) -> Iterator[AdapterSpec]:
+    """The rows for `target_parameters`; entries that match nothing go to `loose`."""
+    wanted = dict.fromkeys(rules.config.target_parameters or (), False)
+    if not wanted:
+        return
+    names: list[str] = []
+    for node in description.nodes.values():
+        for attribute, _ in node.module.named_parameters(recurse=False):
+            name = joined(node.path, attribute)
+            names.append(name)
+            hits = [entry for entry in wanted if name == entry or name.endswith(f".{entry}")]
+            if hits:
+                wanted.update(dict.fromkeys(hits, True))
+                yield from _parameter_row(node, attribute, rules)
+    near = NearNames(names)
+    for entry, hit in wanted.items():
+        if not hit:
+            loose.append(f"target_parameters: {entry!r} matches no parameter{near(entry)}")
+
+
+def _attention_rows(
+    node: Node, parts: tuple[tuple[str, bool], ...], rules: Rules, description: Description
+) -> list[AdapterSpec]:
+    rows: list[AdapterSpec] = []
+    for name, is_parameter in parts:
+        if is_parameter:
+            rows += _parameter_row(node, name, rules, matched_as=node.path)
+            continue
+        child = description.nodes[joined(node.path, name)]
+        codec = find_codec(child.module)
+        if codec is None or child.kind is None:
+            rules.problems.append(f"{child.path}: {_stored(child.module)}")
+            continue
+        rows += _row(
+            child.path, child.kind, codec.layout(child.module), child.module.weight, rules, node.path
+        )
+    return rows
+
+
+def _parameter_row(
+    node: Node, attribute: str, rules: Rules, matched_as: str | None = None
+) -> list[AdapterSpec]:
+    path = joined(node.path, attribute)
+    codec = find_codec(node.module, attribute)
+    weight = node.module._parameters[attribute]
+    if not node.path:
+        problem = "a parameter of the model itself, which cannot be wrapped; put it into a module"
+    elif codec is None:
+        kind = (
+            "none"
+            if weight is None
+            else f"{type(weight).__name__} of {weight.dtype} and {weight.ndim} dimensions"
+        )
+        problem = f"got {kind}; wanted a plain floating-point parameter of 2 or 3 dimensions"
+    elif node.layer is not None:
+        problem = (
+            f"{node.path} carries an adapter as a module; name it in target_modules or here, not in both"
+        )
+    else:
+        return _row(path, PARAMETER, codec.layout(node.module), weight, rules, matched_as)
+    rules.problems.append(f"{path}: {problem}")
+    return []
+
+
+def _row(
+    path: str, kind: LayerKind, layout: Layout, weight: object, rules: Rules, matched_as: str | None = None
+) -> list[AdapterSpec]:
+    """One row, or none and a problem; ranks are looked up for the path, or for the module that was named."""
+    assert isinstance(weight, torch.Tensor)
+    config = rules.config
+    r, alpha = rules.matcher.rank(matched_as or path), rules.matcher.alpha(matched_as or path)
+    dropout = config.lora_dropout if kind.drops and not _in_attention(path, matched_as) else 0.0
+    refused = _refused(kind, layout, r, config, drops=bool(dropout) or rules.from_file)
+    if refused:
+        rules.problems.append(f"{path}: {refused}")
+        return []
+    half = weight.dtype in {torch.float16, torch.bfloat16}
+    return [
+        AdapterSpec(
+            path=path,
+            kind=kind.name,
+            layout=layout,
+            r=r,
+            lora_alpha=alpha,
+            scaling=alpha / math.sqrt(r) if config.use_rslora else alpha / r,
+            dropout=dropout,
+            lora_bias=config.lora_bias,
+            init=initialiser_name(config.init_lora_weights),
+            dtype=torch.float32 if half and rules.widen else weight.dtype,
+            device=weight.device,
+        )
+    ]
+
+
+def _in_attention(path: str, matched_as: str | None) -> bool:
+    return matched_as is not None and matched_as != path
+
+
+def _refused(kind: LayerKind, layout: Layout, r: int, config: LoraConfig, *, drops: bool) -> str:
+    """What of a config this kind of weight cannot do, or an empty text."""
+    if r % layout.groups:
+        return f"the rank must be divisible by the {layout.groups} groups of this convolution, got r={r}"
+    if config.lora_bias and not kind.has_bias:
+        return f"lora_bias=True has no place on a {kind.name}; leave it False, or exclude it"
+    if config.lora_dropout and not drops:
+        return (
+            "lora_dropout cannot act here, since the weight is changed and not the input; set lora_dropout=0, or give "
+            "these weights an adapter of their own"
+        )
+    return ""
+
+
+def _why_not(node: Node) -> str:
+    """Why a module cannot carry an adapter, or an empty text."""
+    module = node.module
+    if is_read_by_parent(module):
+        return (
+            "nn.MultiheadAttention reads this layer's weight without calling it; name the attention module itself, "
+            "or leave this one out with exclude_modules"
+        )
+    if node.wrappers:
+        taken = [wrapper.parameter_name for wrapper in node.wrappers]
+        return (
+            f"its parameters {taken} carry adapters already; name them in target_parameters, or delete those"
+        )
+    if node.kind is None:
+        return (
+            f"{type(module).__name__} cannot carry an adapter; lorakit adapts nn.Linear, transformers' Conv1D, "
+            "nn.Embedding, nn.Conv1d/2d/3d and nn.MultiheadAttention, and bare parameters by target_parameters"
+        )
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "this embedding rescales its own weight (max_norm) whenever it is called; it cannot carry an adapter"
+    return "" if find_codec(module) is not None else _stored(module)
+
+
+def _stored(module: nn.Module) -> str:
+    weight = getattr(module, "weight", None)
+    stored = f"{type(weight).__name__} of {getattr(weight, 'dtype', 'no dtype')}"
+    return (
+        f"{type(module).__name__} keeps its weight as {stored}, which lorakit cannot adapt; "
+        "it adapts plain fp64, fp32, bf16 and fp16 numbers"
+    )
