@@ -113,10 +113,22 @@ class PeftModel(nn.Module):
         self.base_model.registry.check_unmerged("load_state_dict()")
         return super().load_state_dict(*args, **kwargs)
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Enable it on the model, and let its inputs want gradients: a frozen embedding gives none."""
-        self.get_base_model().gradient_checkpointing_enable(*args, **kwargs)  # type: ignore[operator]
+        inner: Any = self.get_base_model()
+        if hasattr(inner, "activation_checkpointing_enable"):  # transformers' name for it since 5.20
+            inner.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+        else:
+            inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
         self._let_inputs_require_grad()
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The newer name of `gradient_checkpointing_enable`."""
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
 
     def _let_inputs_require_grad(self) -> None:
         self.get_base_model().enable_input_require_grads()  # type: ignore[operator]

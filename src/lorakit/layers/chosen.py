@@ -10,7 +10,6 @@ import threading
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import ConfigError
@@ -124,18 +123,16 @@ def _entered(chosen: Chosen) -> Iterator[None]:
 def carrying(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     """A gradient-checkpointing function that runs what it runs again, in backward, with the choice of its call."""
 
-    @wraps(checkpoint)
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         chosen = _CHOSEN.get()
         if chosen is None:
             return checkpoint(function, *args, **kwargs)
 
-        @wraps(function)
         def again(*inner: Any, **more: Any) -> Any:
             with _entered(chosen):
                 return function(*inner, **more)
 
         return checkpoint(again, *args, **kwargs)
 
-    call.__dict__["carries_choice"] = True
+    call.__dict__.update(carries_choice=True, __wrapped__=checkpoint)
     return call

@@ -5,8 +5,10 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import torch
+
 from lorakit.errors import AdapterNameError, AdapterStateError, ConfigError
-from lorakit.layers import BASE, choosing
+from lorakit.layers import BASE, carrying, choosing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -29,6 +31,7 @@ def for_the_call(registry: AdapterRegistry, names: str | Sequence[str]) -> Itera
     distinct = tuple(name for name in dict.fromkeys(given) if name != BASE)
     _check(registry, distinct)
     registry.check_owners(distinct)
+    carry_checkpoints(registry)
     with choosing(registry.owner, distinct, None):
         yield
 
@@ -56,8 +59,35 @@ def for_each_sample(
     _check(registry, distinct)
     places = {name: number for number, name in enumerate(distinct)}
     ids = tuple(places.get(name, -1) for name in names)
+    carry_checkpoints(registry)
     with choosing(registry.owner, distinct, ids, repeats=repeats):
         yield
+
+
+def carry_checkpoints(registry: AdapterRegistry) -> None:
+    """Let transformers' gradient checkpointing run a layer again with the choice of the call that ran it first.
+
+    The second run comes in backward, when the call and its choice are over.
+    """
+    if not torch.is_grad_enabled():
+        return
+    if registry.checkpointing is None:
+        registry.checkpointing = [
+            module for module in registry.model.modules() if hasattr(module, "gradient_checkpointing")
+        ]
+    for module in registry.checkpointing:
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if function is not None and "carries_choice" not in getattr(function, "__dict__", ()):
+            module.__dict__["_gradient_checkpointing_func"] = carrying(function)
+
+
+def drop_checkpoints(registry: AdapterRegistry) -> None:
+    """Give the modules their own checkpointing functions back."""
+    for module in registry.checkpointing or ():
+        known = getattr(module.__dict__.get("_gradient_checkpointing_func"), "__dict__", {})
+        if "carries_choice" in known:
+            module.__dict__["_gradient_checkpointing_func"] = known["__wrapped__"]
+    registry.checkpointing = None
 
 
 def _check(registry: AdapterRegistry, names: Sequence[str]) -> None:

@@ -54,6 +54,7 @@ class AdapterRegistry:
         enabled: whether adapters act at all.
         owner: stands for the model in what a call chooses for itself.
         replication: the deeper list of layers that the adapters are for, or None.
+        checkpointing: modules that may run their layers again in backward, once somebody asked; else None.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -68,6 +69,7 @@ class AdapterRegistry:
         self.enabled = True
         self.owner = Owner()
         self.replication: Replication | None = None
+        self.checkpointing: list[nn.Module] | None = None
 
     # ---- names --------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.layers import ModulesToSaveWrapper
 from lorakit.surgery.attach import thaw
+from lorakit.surgery.choice import drop_checkpoints
 from lorakit.surgery.registry import at_path, set_registry
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def _take_off(registry: AdapterRegistry, whole: dict[str, nn.Module]) -> nn.Modu
     for path, module in whole.items():
         registry.put(registry.places.pop(path, ()), module)
     registry.replicate(None)
+    drop_checkpoints(registry)
     thaw(registry)
     set_registry(registry.model, None)
     return registry.model
