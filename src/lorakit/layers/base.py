@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from lorakit.errors import AdapterNameError, UnsupportedError
-from lorakit.layers.chosen import Owner, chosen_by
+from lorakit.layers.chosen import Live, Owner, chosen_by
 from lorakit.layers.finite import merge_is_finite
 from lorakit.layers.merging import MergingLayer, as_tensor
 from lorakit.layers.tokens import TokenRows
+from lorakit.specs import FILE_NAMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -61,6 +62,7 @@ class LoraLayer(MergingLayer):
             changed and takes effect at the next forward.
         layout: shapes of the weight and the factors.
         token_adapter: rows of the weight that adapters replace (`trainable_token_indices`), or None.
+        tied, tied_rows: the layer whose factors, or rows, are also this one's, by adapter name.
         merged_adapters: names whose deltas are in the base weight now, in the order they were merged.
     """
 
@@ -76,8 +78,8 @@ class LoraLayer(MergingLayer):
         self.out_features, self.in_features = self.layout.out, self.layout.row[0]
         self.token_adapter: TokenRows | None = None
         self.owner = Owner()
-        self._tied: dict[str, LoraLayer] = {}
-        self._tied_rows: dict[str, LoraLayer] = {}
+        self.tied: dict[str, LoraLayer] = {}
+        self.tied_rows: dict[str, LoraLayer] = {}
         self._route: tuple[str, ...] = ()
 
     # ---- what a final subclass supplies -------------------------------------------------------------
@@ -118,7 +120,7 @@ class LoraLayer(MergingLayer):
     def add_tied(self, name: str, source: LoraLayer, spec: AdapterSpec, *, use_rslora: bool) -> None:
         """Use the factors of another layer, transposed: a head tied to the embedding that carries the adapter."""
         self._note(name, spec, use_rslora=use_rslora)
-        self._tied[name] = source
+        self.tied[name] = source
         self.lora_bias[name] = False
         self._match_mode(name)
 
@@ -144,7 +146,7 @@ class LoraLayer(MergingLayer):
 
     def original_rows(self, indices: Sequence[int]) -> Tensor:
         """Rows of the unmerged weight, copied."""
-        weight = self._original_state().weight.detach()
+        weight = self.original_weight.detach()
         return weight.index_select(0, torch.tensor(list(indices), device=weight.device))
 
     def add_rows(
@@ -158,7 +160,7 @@ class LoraLayer(MergingLayer):
             return
         assert source is not None
         assert source.token_adapter is not None
-        self._tied_rows[name] = source
+        self.tied_rows[name] = source
         self.token_adapter.tie(name, source.token_adapter)
 
     def remove(self, name: str) -> None:
@@ -169,13 +171,13 @@ class LoraLayer(MergingLayer):
         """
         self.check_unmerged(name, "deleting it")
         if name in self.r:
-            if self._tied.pop(name, None) is None:
+            if self.tied.pop(name, None) is None:
                 self._let_go(name)
             del self.lora_dropout[name]
             for values in (self.r, self.lora_alpha, self.scaling, self.use_rslora, self.lora_bias):
                 del values[name]
         if self.token_adapter is not None:
-            self._tied_rows.pop(name, None)
+            self.tied_rows.pop(name, None)
             self.token_adapter.remove(name)
             if not self.token_adapter.adapters:
                 self.token_adapter = None
@@ -190,10 +192,11 @@ class LoraLayer(MergingLayer):
 
     def tensors(self, name: str) -> Iterator[NamedAdapterTensor]:
         """The tensors of an adapter on this layer; none when it has no adapter of that name."""
-        if name in self._tied:
+        if name in self.tied:
             A, B, _ = self.stored(name)
-            yield NamedAdapterTensor("lora_A.weight", "", A)
-            yield NamedAdapterTensor("lora_B.weight", "", B)
+            names = FILE_NAMES["embedding" if self._lies_as(self.tied[name]) else ""]
+            yield NamedAdapterTensor(names["A"], "", A)
+            yield NamedAdapterTensor(names["B"], "", B)
         elif name in self.r:
             for state_suffix, parameter in self._held(name).values():
                 yield NamedAdapterTensor(state_suffix.replace(f".{name}", "", 1), state_suffix, parameter)
@@ -221,9 +224,9 @@ class LoraLayer(MergingLayer):
         Raises:
             AdapterNameError: the layer has no factors of that name.
         """
-        if name in self._tied:
-            A, B, _ = self._tied[name].stored(name)
-            return Stored(B.t(), A.t(), None)
+        if name in self.tied:
+            A, B, _ = self.tied[name].stored(name)
+            return Stored(A, B, None) if self._lies_as(self.tied[name]) else Stored(B.t(), A.t(), None)
         if name not in self.r:
             raise AdapterNameError(f"no adapter named {name!r} on this layer; it has {list(self.r)}")
         held = self._held(name)
@@ -262,33 +265,16 @@ class LoraLayer(MergingLayer):
     @property
     def is_tied(self) -> bool:
         """Whether any adapter's tensors here are another layer's."""
-        return bool(self._tied or self._tied_rows)
+        return bool(self.tied or self.tied_rows)
 
-    def shares_weight_with(self, other: LoraLayer) -> bool:
-        """Whether the unmerged weights of the two layers are one parameter."""
-        return self._original_state().weight is other._original_state().weight
+    @property
+    def original_weight(self) -> nn.Parameter:
+        """The weight as it was before any merge."""
+        return self._original_state().weight
 
-    def tied_to(self, names: Iterable[str]) -> LoraLayer | None:
-        """The one layer whose change by these adapters is also the change here; None if there is no such layer."""
-        sources: set[LoraLayer | None] = set()
-        for name in names:
-            source, row_source = self._tied.get(name), self._tied_rows.get(name)
-            sources |= {source} if self._has_factors(name) else set()
-            sources |= {row_source} if self._has_rows(name) else set()
-            # the other layer may carry more of the adapter than this one shares
-            other = source or row_source
-            if other is not None and (
-                other._has_factors(name) != self._has_factors(name)
-                or other._has_rows(name) != self._has_rows(name)
-            ):
-                return None
-        return sources.pop() if len(sources) == 1 else None
-
-    def _has_factors(self, name: str) -> bool:
-        return name in self.r
-
-    def _has_rows(self, name: str) -> bool:
-        return self.token_adapter is not None and name in self.token_adapter.adapters
+    def _lies_as(self, source: LoraLayer) -> bool:
+        """Whether a tied layer holds the weight the same way round as its source: an embedding, not a head."""
+        return self.layout.transposed == source.layout.transposed
 
     # ---- scaling --------------------------------------------------------------------------------------
 
@@ -384,10 +370,17 @@ class LoraLayer(MergingLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, for models that look at it instead of calling the layer."""
+        """The base layer's weight, for models that look at it instead of calling the layer; with token rows in place.
+
+        A call that chose an adapter for each sample finds the base's own rows in it.
+        """
         weight = self.base_layer.weight
         assert isinstance(weight, torch.Tensor)
-        return weight
+        if self.token_adapter is None:
+            return weight
+        chosen = self._chosen() if Live.any else None
+        names = self._route if chosen is None else self._present(chosen.names) if chosen.ids is None else ()
+        return self.token_adapter.in_weight(weight, names)
 
     @property
     def bias(self) -> Tensor | None:

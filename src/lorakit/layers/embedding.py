@@ -49,7 +49,7 @@ class Embedding(LoraLayer):
             return y
         dtype = y.dtype
         if self.token_adapter is not None:
-            y = self.token_adapter.in_embedding(y, x, route, self._scale)
+            y = self.token_adapter.in_embedding(y, x, route, self._base, self._scale)
         for name in route:
             if name in self.r:
                 A, B, _ = self.stored(name)
@@ -61,9 +61,9 @@ class Embedding(LoraLayer):
         """Each sample through its own adapter; x (samples, ...) of ids."""
         present = self._present(chosen.names)
         if self.token_adapter is not None:
-            tokens, scale = self.token_adapter, self._scale
+            tokens, base, scale = self.token_adapter, self._base, self._scale
             y = rows_by_sample(
-                y, chosen, present, x, lambda y, name: tokens.in_embedding(y, x, [name], scale)
+                y, chosen, present, x, lambda y, name: tokens.in_embedding(y, x, [name], base, scale)
             )
         names = tuple(name for name in present if name in self.r)
         if not names:
@@ -85,8 +85,7 @@ class Embedding(LoraLayer):
 
     def _look_up(self, ids: Tensor, table: Tensor, tables: int = 1) -> Tensor:
         """Rows of A transposed, with the base's way of counting gradients."""
-        base = self.get_base_layer()
-        assert isinstance(base, nn.Embedding)
+        base = self._base
         padding = base.padding_idx if tables == 1 else None
         found = embedding(ids, table, padding, scale_grad_by_freq=base.scale_grad_by_freq)
         if tables > 1 and base.padding_idx is not None and table.requires_grad:
@@ -99,6 +98,12 @@ class Embedding(LoraLayer):
     def _scale(self) -> Any:
         """What the base multiplies its output by (Gemma's embeddings), else 1."""
         return getattr(self.get_base_layer(), "embed_scale", 1.0)
+
+    @property
+    def _base(self) -> nn.Embedding:
+        base = self.get_base_layer()
+        assert isinstance(base, nn.Embedding)
+        return base
 
     def _hold(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
         assert bias is None, "the planner refuses lora_bias on an embedding"

@@ -124,7 +124,7 @@ class Linear(LoraLayer):
         if self.token_adapter is not None:
             y = self.token_adapter.in_head(y, x, route, self.bias)
         for name in factors:
-            if name in self._tied:
+            if name in self.tied:
                 y = lora_add(y, x, [self._term(name)])
                 continue
             A, B, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]

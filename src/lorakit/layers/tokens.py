@@ -40,9 +40,13 @@ class TokenRows(nn.Module):
         assert name not in self.token_indices, f"{name!r} replaces rows already"
         self.trainable_tokens_delta[name] = nn.Parameter(rows, requires_grad=False)
         self.token_indices[name] = list(indices)
+        # on the device, so that no forward waits for a copy; the config says the same, so no file holds it
+        tokens = torch.tensor(self.token_indices[name], device=rows.device)
+        self.register_buffer(f"tokens_{name}", tokens, persistent=False)
 
     def tie(self, name: str, source: TokenRows) -> None:
         """Use the rows that another layer holds."""
+        assert name not in self.token_indices, f"{name!r} replaces rows already"
         self._tied[name] = source
         self.token_indices[name] = source.token_indices[name]
 
@@ -51,6 +55,7 @@ class TokenRows(nn.Module):
         self.token_indices.pop(name, None)
         if self._tied.pop(name, None) is None and name in self.trainable_tokens_delta:
             del self.trainable_tokens_delta[name]
+            delattr(self, f"tokens_{name}")
 
     @property
     def adapters(self) -> tuple[str, ...]:
@@ -80,8 +85,16 @@ class TokenRows(nn.Module):
         rows: Tensor = self.trainable_tokens_delta[name]
         return rows
 
+    def _tokens(self, name: str) -> Tensor:
+        return self._tied[name]._tokens(name) if name in self._tied else self.get_buffer(f"tokens_{name}")
+
     def in_embedding(
-        self, y: Tensor, ids: Tensor, names: Iterable[str], scale: float | Tensor = 1.0
+        self,
+        y: Tensor,
+        ids: Tensor,
+        names: Iterable[str],
+        base: nn.Embedding,
+        scale: float | Tensor = 1.0,
     ) -> Tensor:
         """The output of an embedding with the rows of these adapters in place.
 
@@ -89,15 +102,23 @@ class TokenRows(nn.Module):
             y: (..., dim), what the base gave.
             ids: (...), the tokens.
             names: adapters; their tokens are distinct.
+            base: whose way of counting gradients holds for the rows too: `padding_idx` gets none.
             scale: what the embedding multiplies its output by.
         """
         for name in names:
             if name not in self.token_indices:
                 continue
-            tokens, order = torch.tensor(self.token_indices[name], device=ids.device).sort()
-            place = torch.searchsorted(tokens, ids.contiguous()).clamp_(max=len(tokens) - 1)
-            own = embedding(order[place], self.rows(name).to(y.dtype)) * scale
-            y = torch.where((tokens[place] == ids).unsqueeze(-1), own, y)
+            tokens, rows = self._tokens(name).to(ids.device), self.rows(name).to(y)
+            ordered, order = tokens.sort()
+            place = order[torch.searchsorted(ordered, ids.contiguous()).clamp_(max=len(tokens) - 1)]
+            is_mine = tokens[place] == ids
+            if base.scale_grad_by_freq:  # a row apart for other tokens, which must not count as one of these
+                place = torch.where(is_mine, place, len(tokens))
+                rows = torch.cat([rows, torch.zeros_like(rows[:1])])
+            mine = self.token_indices[name]
+            padding = mine.index(base.padding_idx) if base.padding_idx in mine else None
+            own = embedding(place, rows, padding, scale_grad_by_freq=base.scale_grad_by_freq) * scale
+            y = torch.where(is_mine.unsqueeze(-1), own.to(y), y)
         return y
 
     def in_head(self, y: Tensor, x: Tensor, names: Iterable[str], bias: Tensor | None) -> Tensor:
@@ -110,22 +131,25 @@ class TokenRows(nn.Module):
             bias: (vocabulary,) of the head, or None.
         """
         for name in names:
-            if name not in self.token_indices:
-                continue
-            tokens = torch.tensor(self.token_indices[name], device=y.device)
-            own = linear(x, self.rows(name).to(x.dtype), None if bias is None else bias[tokens].to(x.dtype))
-            y = y.index_copy(-1, tokens, own.to(y.dtype))
+            if name in self.token_indices:
+                tokens = self._tokens(name).to(y.device)
+                own = linear(x, self.rows(name).to(x), None if bias is None else bias[tokens].to(x.dtype))
+                y = y.index_copy(-1, tokens, own.to(y.dtype))
         return y
+
+    def in_weight(self, weight: Tensor, names: Iterable[str]) -> Tensor:
+        """A weight (vocabulary, dim) with the rows of these adapters in place, a copy if there are any."""
+        for name in names:
+            if name in self.token_indices:
+                weight = weight.index_copy(
+                    0, self._tokens(name).to(weight.device), self.rows(name).to(weight)
+                )
+        return weight
 
     @torch.no_grad()
     def merged(self, state: WeightState, names: Iterable[str]) -> WeightState:
-        """`state` with the rows of these adapters in a copy of its weight, (vocabulary, dim)."""
-        new = None
-        for name in names:
-            if name in self.token_indices:
-                new = state.weight.detach().clone() if new is None else new
-                tokens = torch.tensor(self.token_indices[name], device=new.device)
-                new.index_copy_(0, tokens, self.rows(name).detach().to(new))
-        if new is None:
+        """`state` with the rows of these adapters in a copy of its weight."""
+        new = self.in_weight(state.weight.detach(), names)
+        if set(names).isdisjoint(self.token_indices):
             return state
         return state._replace(weight=nn.Parameter(new, requires_grad=state.weight.requires_grad))

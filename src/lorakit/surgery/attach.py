@@ -210,6 +210,10 @@ def _slots(registry: AdapterRegistry, plan: Plan) -> dict[str, ParameterSlot]:
 def _freeze(registry: AdapterRegistry) -> None:
     named = list(registry.model.named_parameters(remove_duplicate=False))
     registry.flags = {name: parameter.requires_grad for name, parameter in named}
+    names: dict[int, list[str]] = {}
+    for name, parameter in named:
+        names.setdefault(id(parameter), []).append(name)
+    registry.shared = tuple(tuple(group) for group in names.values() if len(group) > 1)
     for _, parameter in named:
         parameter.requires_grad = False
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lorakit.errors import AdapterError, AdapterNameError, AdapterStateError, UnsupportedError
 from lorakit.layers import Owner, ParamWrapper
 from lorakit.layers.slot import single_owner
+from lorakit.layers.tied import merged_with
 from lorakit.surgery.naming import Names
 from lorakit.surgery.paths import joined
 
@@ -50,6 +51,7 @@ class AdapterRegistry:
         slots: every base parameter that an adapter replaces, by its name in the base model.
         places: where each wrapper sits, by path.
         flags: the `requires_grad` flag that each base parameter had before the first adapter came.
+        shared: names of base parameters that were one and the same then, for each such parameter.
         active: names of the active adapters.
         enabled: whether adapters act at all.
         owner: stands for the model in what a call chooses for itself.
@@ -65,6 +67,7 @@ class AdapterRegistry:
         self.slots: dict[str, ParameterSlot] = {}
         self.places: dict[str, tuple[Place, ...]] = {}
         self.flags: dict[str, bool] = {}
+        self.shared: tuple[tuple[str, ...], ...] = ()
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.owner = Owner()
@@ -176,9 +179,9 @@ class AdapterRegistry:
         self, layer: LoraLayer, names: Sequence[str], prepared: dict[LoraLayer, PreparedMerge]
     ) -> PreparedMerge | None:
         """A merge of one layer; that of a tied one whose weight and changes are another's is the other's."""
-        source = layer.tied_to([*layer.merged_adapters, *names])
+        source = merged_with(layer, [*self.merged, *names])
         done = None if source is None else prepared.get(source)
-        if source is None or done is None or not layer.shares_weight_with(source):
+        if done is None:
             return layer.prepare_merge(names)
         return layer.prepare_alike(done) if layer.mergeable(names) else None
 

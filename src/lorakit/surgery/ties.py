@@ -5,15 +5,19 @@ Modules are tied when they hold the very same parameter: a fact of the model in 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import re
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
+from lorakit.surgery.paths import joined
+
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator, Sequence
 
     from lorakit.config import LoraConfig
-    from lorakit.surgery.describe import Description
+    from lorakit.surgery.describe import Description, Node
 
 
 class Ties(NamedTuple):
@@ -38,11 +42,13 @@ class Ties(NamedTuple):
 def find_ties(description: Description, config: LoraConfig) -> Ties | None:
     """The embedding whose weight other modules share: the model's input embedding, or the first such one."""
     modules = {path: node.module for path, node in description.nodes.items()}
-    modules |= {path: wrapper.original_module for path, wrapper in description.saved.items()}
+    weights = {path: _weight(node) for path, node in description.nodes.items()}
+    for path, wrapper in description.saved.items():
+        modules[path] = wrapper.original_module
+        weights[path] = wrapper.original_module._parameters.get("weight")
     owners: dict[int, list[str]] = {}
-    for path, module in modules.items():
-        weight = module._parameters.get("weight")
-        if weight is not None and isinstance(module, (nn.Embedding, nn.Linear)):
+    for path, weight in weights.items():
+        if weight is not None and isinstance(modules[path], (nn.Embedding, nn.Linear)):
             owners.setdefault(id(weight), []).append(path)
     named = description.embedding("input")
     for paths in owners.values():
@@ -54,6 +60,12 @@ def find_ties(description: Description, config: LoraConfig) -> Ties | None:
         source = next((path for path in embeddings if modules[path] is named), embeddings[0])
         return Ties(source, tuple(path for path in paths if path != source), config.ensure_weight_tying)
     return None
+
+
+def _weight(node: Node) -> nn.Parameter | None:
+    """The weight of a node's module as it was before any merge."""
+    merged = {} if node.layer is None else node.layer.unmerged_parameters()
+    return merged.get("base_layer.weight", node.module._parameters.get("weight"))
 
 
 def with_tied(ties: Ties | None, paths: Collection[str]) -> tuple[str, ...]:
@@ -86,3 +98,83 @@ def tie_notes(
         "goes together, and merging unties them; pass ensure_weight_tying=True to keep them tied"
     )
     return [note]
+
+
+def settle_ties(model: nn.Module, shared: Sequence[Sequence[str]]) -> None:
+    """After a merge for good: what is no longer shared must come back from a file as it is now.
+
+    transformers ties again whatever its config says is tied. Where the config can say no, all that it speaks of gets
+    a parameter of its own. Encoder-decoders cannot: some compute otherwise then, and what still is shared would be
+    lost. transformers (5.0) leaves apart what a file holds apart, so there each parameter that left the embedding's
+    gets a place of its own in the file.
+
+    Args:
+        model: the plain model.
+        shared: names of parameters that were one before, for each such parameter.
+    """
+    parted = [names for names in shared if len({id(model.get_parameter(name)) for name in names}) > 1]
+    if not parted:
+        return
+    config = getattr(model, "config", None)
+    embedding = next((names for names in parted if _input_name(model, names)), None)
+    says_tied = [item for item in _configs(config) if getattr(item, "tie_word_embeddings", False)]
+    what = "; ".join(" and ".join(names) for names in parted)
+    note = f"{what} shared a weight, and merging gave them different ones"
+    if embedding is not None and says_tied:
+        if getattr(config, "is_encoder_decoder", False):
+            _part(model, embedding, keep=_input_name(model, embedding))
+            note += "; config.tie_word_embeddings stays True, since it also says how this model computes. "
+            note += "transformers before 5.0 ties them again when it loads a file"
+        else:
+            for names in shared:
+                if any(_is_tied_by_transformers(model, name) for name in names):
+                    _part(model, names)
+            for item in says_tied:
+                item.tie_word_embeddings = False
+            note += "; config.tie_word_embeddings was set to False so that a file keeps both"
+    warnings.warn(note, stacklevel=4)
+
+
+def _configs(config: Any) -> Iterator[Any]:
+    """A model's config and that of its language part."""
+    yield config
+    part = getattr(config, "get_text_config", None)
+    text = part() if callable(part) else None
+    if text is not None and text is not config:
+        yield text
+
+
+def _input_name(model: nn.Module, names: Sequence[str]) -> str | None:
+    """The one of these parameters that is the weight of the model's input embedding."""
+    getter = getattr(model, "get_input_embeddings", None)
+    try:
+        embedding = getter() if callable(getter) else None
+    except (NotImplementedError, AttributeError):
+        return None
+    return next((name for name in names if model.get_submodule(name.rpartition(".")[0]) is embedding), None)
+
+
+def _is_tied_by_transformers(model: nn.Module, name: str) -> bool:
+    """Whether a class of transformers declares that it ties this parameter to another one."""
+    return any(
+        re.search(f"^{re.escape(joined(prefix, ''))}{key}", name)
+        for prefix, module in model.named_modules()
+        for key in getattr(module, "_tied_weights_keys", None) or ()
+    )
+
+
+def _part(model: nn.Module, names: Sequence[str], keep: str | None = None) -> None:
+    """Give each of these places a parameter of its own, but for those that still hold the one of `keep`."""
+    taken = set() if keep is None else {id(model.get_parameter(keep))}
+    done: set[tuple[int, str]] = set()
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        owner, parameter = model.get_submodule(path), model.get_parameter(name)
+        if keep is not None and parameter is model.get_parameter(keep):
+            continue
+        if (id(owner), attribute) not in done and id(parameter) in taken:
+            copy = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
+            setattr(owner, attribute, copy)
+            parameter = copy
+        done.add((id(owner), attribute))
+        taken.add(id(parameter))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING
 
-from lorakit.layers import ModulesToSaveWrapper
+from lorakit.layers.tied import merged_with
 from lorakit.surgery.attach import thaw
 from lorakit.surgery.choice import drop_checkpoints
 from lorakit.surgery.registry import at_path, set_registry
+from lorakit.surgery.ties import settle_ties
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -59,33 +59,30 @@ def merge_and_unload(
         wrapper.set_adapter(wanted, inference_mode=True)
     for slot in registry.slots.values():  # before the merge: it adds lora_B's bias to the adapter's own
         slot.set_adapter(wanted, inference_mode=True)
-    were_tied = _embeddings_are_tied(registry.model)
-    _merge_for_good(order, wanted, progress)
+    _merge_for_good(registry, order, wanted, progress)
     model = _take_off(registry, {path: wrapper.active_module for path, wrapper in registry.saved.items()})
-    if were_tied and not _embeddings_are_tied(model):
-        _note_untied(model)
+    settle_ties(model, registry.shared)
     return model
 
 
-def _merge_for_good(order: list[tuple[str, LoraLayer]], names: list[str], progress: Progress) -> None:
+def _merge_for_good(
+    registry: AdapterRegistry, order: list[tuple[str, LoraLayer]], names: list[str], progress: Progress
+) -> None:
     # which layers share a weight has to be known before the first of them gets another
-    sources = {layer: layer.tied_to([*layer.merged_adapters, *names]) for _, layer in order}
-    shared = {
-        layer: source
-        for layer, source in sources.items()
-        if source is not None and layer.shares_weight_with(source)
-    }
+    everything = [*registry.merged, *names]
+    sources = {layer: merged_with(layer, everything) for _, layer in order}
     kept: dict[LoraLayer, PreparedMerge] = {}
     for path, layer in progress(order):
+        source = sources[layer]
+        done = None if source is None else kept.get(source)
         with at_path(path):
-            done = kept.get(shared[layer]) if layer in shared else None
-            if done is not None:
-                prepared = layer.prepare_alike(done) if layer.mergeable(names) else None
-            else:
+            if done is None:
                 prepared = layer.prepare_merge(names)
+            else:
+                prepared = layer.prepare_alike(done) if layer.mergeable(names) else None
         if prepared is not None:
             layer.commit_merge_for_good(prepared)
-            if layer in shared.values():
+            if layer in sources.values():
                 kept[layer] = prepared
 
 
@@ -100,29 +97,3 @@ def _take_off(registry: AdapterRegistry, whole: dict[str, nn.Module]) -> nn.Modu
     thaw(registry)
     set_registry(registry.model, None)
     return registry.model
-
-
-def _embeddings_are_tied(model: nn.Module) -> bool:
-    """Whether a model's input and output embeddings, as it names them, hold one weight."""
-    weights = []
-    for side in ("input", "output"):
-        getter = getattr(model, f"get_{side}_embeddings", None)
-        try:
-            module = getter() if callable(getter) else None
-        except (NotImplementedError, AttributeError):
-            module = None
-        module = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
-        weights.append(getattr(module, "weight", None))
-    return weights[0] is not None and weights[0] is weights[1]
-
-
-def _note_untied(model: nn.Module) -> None:
-    """Record in the model's config that its embeddings are no longer shared."""
-    config = getattr(model, "config", None)
-    if config is not None and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
-        warnings.warn(
-            "the input and output embeddings shared a weight, and each has its own now; config.tie_word_embeddings "
-            "was set to False so that a saved model keeps both",
-            stacklevel=4,
-        )
