@@ -66,13 +66,13 @@ class Layout:
         return (r * stacked, *self.row), (self.out, r // self.groups * stacked, *pointwise)
 
     def split(self, A: Tensor, B: Tensor, scaling: float, bias: Tensor | None = None) -> tuple[Factors, ...]:
-        """The blocks of stored factors, sharing memory with them; the first one carries the bias.
+        """The blocks of stored factors, sharing memory with them.
 
         Args:
             A: of the first of `factor_shapes(r)`.
             B: of the second.
             scaling: of the adapter.
-            bias: (out,) or None. A grouped convolution's is cut like its outputs.
+            bias: (out,) or None. A grouped convolution's is cut like its outputs; experts have none.
         """
         A = A.reshape(A.shape[0], -1)
         B = B.reshape(B.shape[0], -1)
@@ -82,23 +82,30 @@ class Layout:
             pairs = list(zip(each_A, each_B, strict=True))
         else:
             pairs = list(zip(A.chunk(self.groups), B.chunk(self.groups), strict=True))
+        assert bias is None or not self.experts, "a stack of matrices has no bias"
         biases = [None] * len(pairs) if bias is None else list(bias.chunk(len(pairs)))
         return tuple(Factors(a, b, scaling, c) for (a, b), c in zip(pairs, biases, strict=True))
 
     def join(self, blocks: Sequence[Factors]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Stored A, B and bias of blocks, the inverse of `split`; lesser ranks are filled with zeros.
 
-        The scalings, which `split` gives to each block, must be equal; they are not folded in.
+        The scalings, which `split` gives to each block, must be equal; they are not folded in. Of a single block the
+        stored tensors share memory with its own.
         """
         assert len(blocks) == self.blocks, f"{len(blocks)} blocks for {self.blocks}"
         assert len({block.scaling for block in blocks}) == 1, "blocks of one adapter share a scaling"
+        pointwise = (1,) * (len(self.row) - 1)
+        if len(blocks) == 1:
+            (only,) = blocks
+            A, B = only.A.reshape(-1, *self.row), only.B.reshape(self.out, -1, *pointwise)
+            return A.contiguous(), B.contiguous(), only.bias
         rank = max(block.rank for block in blocks)
         As = torch.stack([filled(block.A, rank, dim=0) for block in blocks])
         Bs = torch.stack([filled(block.B, rank, dim=1) for block in blocks])
         if self.experts:
             B = Bs.permute(1, 2, 0).reshape(self.out, -1)
         else:
-            B = Bs.reshape(self.out, rank, *(1,) * (len(self.row) - 1))
+            B = Bs.reshape(self.out, rank, *pointwise)
         biases = [block.bias for block in blocks if block.bias is not None]
         return As.reshape(-1, *self.row).contiguous(), B.contiguous(), torch.cat(biases) if biases else None
 
@@ -119,17 +126,15 @@ class Layout:
     def make_dense(self, weight: Tensor) -> Tensor:
         """A grouped convolution's weight (out, in / groups, *kernel) as that of an ungrouped one, others as they are.
 
-        An adapter mixes the channels of all groups, which a grouped weight has no place for.
+        An adapter mixes the channels of all groups, which a grouped weight has no place for. Differentiable.
         """
         if self.groups == 1:
             return weight
-        channels = self.row[0] // self.groups
-        dense = weight.new_zeros((self.out, *self.row))
-        for group, (source, target) in enumerate(
-            zip(weight.chunk(self.groups), dense.chunk(self.groups), strict=True)
-        ):
-            target[:, group * channels : (group + 1) * channels] = source
-        return dense
+        group = torch.arange(self.groups, device=weight.device)
+        of_output = group.repeat_interleave(self.out // self.groups)
+        of_channel = group.repeat_interleave(self.row[0] // self.groups)
+        own = (of_output[:, None] == of_channel).view(self.out, self.row[0], *(1,) * (len(self.row) - 1))
+        return torch.where(own, torch.cat([weight] * self.groups, dim=1), 0)
 
 
 def matrix_layout(out: int, inner: int, *, transposed: bool = False) -> Layout:

@@ -23,7 +23,7 @@ from lorakit.layers.tokens import TokenRows
 from lorakit.specs import FILE_NAMES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -257,7 +257,8 @@ class LoraLayer(MergingLayer):
         That of a grouped convolution mixes all input channels: (out, in_channels, *kernel), as if ungrouped.
         """
         base = self.codec.state(self.get_base_layer()).weight
-        deltas = torch.stack([block.delta() for block in self.blocks(adapter)]).to(base.dtype)
+        wide = torch.promote_types(base.dtype, torch.float32)
+        deltas = torch.stack([block.delta(wide) for block in self.blocks(adapter)]).to(base.dtype)
         deltas = deltas.mT if self.layout.transposed else deltas
         shape = (self.layout.out, *self.layout.row) if self.layout.groups > 1 else base.shape
         return deltas.reshape(shape)
@@ -285,7 +286,7 @@ class LoraLayer(MergingLayer):
             AdapterStateError: the adapter is merged.
         """
         if adapter in self.scaling:
-            self._rescale(adapter, scale * self._own_scaling(adapter))
+            self._rescale({adapter: scale * self._own_scaling(adapter)})
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of every active adapter.
@@ -293,11 +294,9 @@ class LoraLayer(MergingLayer):
         Raises:
             AdapterStateError: one of them is merged.
         """
-        if scale == 1:
-            return
-        for name in self._active:
-            if name in self.scaling:
-                self._rescale(name, self.scaling[name] * scale)
+        if scale != 1:
+            here = [name for name in self._active if name in self.scaling]
+            self._rescale({name: self.scaling[name] * scale for name in here})
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of every active adapter, or bring it back to what `lora_alpha` and `r` say.
@@ -305,23 +304,23 @@ class LoraLayer(MergingLayer):
         Raises:
             AdapterStateError: one of them is merged.
         """
-        for name in self._active:
-            if name in self.scaling:
-                self._rescale(name, self._own_scaling(name) if scale is None else self.scaling[name] / scale)
+        here = [name for name in self._active if name in self.scaling]
+        own = {name: self._own_scaling(name) for name in here}
+        self._rescale(own if scale is None else {name: self.scaling[name] / scale for name in here})
 
     def _own_scaling(self, name: str) -> float:
         r = self.r[name]
         return self.lora_alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
 
-    def _rescale(self, name: str, value: float) -> None:
-        self.check_unmerged(name, "changing its scaling")
-        current = self.scaling[name]
-        if isinstance(
-            current, torch.Tensor
-        ):  # prepared for hot-swapping: a compiled graph holds this very tensor
-            current.fill_(float(value))
-        else:
-            self.scaling[name] = value
+    def _rescale(self, values: Mapping[str, float]) -> None:
+        for name in values:
+            self.check_unmerged(name, "changing its scaling")
+        for name, value in values.items():
+            current = self.scaling[name]
+            if isinstance(current, torch.Tensor):  # for hot-swapping: a compiled graph holds this very tensor
+                current.fill_(float(value))
+            else:
+                self.scaling[name] = value
 
     # ---- route ----------------------------------------------------------------------------------------
 
@@ -353,14 +352,14 @@ class LoraLayer(MergingLayer):
     def _is_surely_finite(self, state: WeightState, names: Sequence[str]) -> bool:
         if self.token_adapter is not None and not set(names).isdisjoint(self.token_adapter.adapters):
             return False
-        return merge_is_finite(state, [block for name in names for block in self.blocks(name)])
+        return merge_is_finite(state, [self.blocks(name) for name in names])
 
     def _refuse_merge(self, names: Sequence[str]) -> None:
         if not self.codec.can_write:
             raise UnsupportedError(
                 f"cannot merge into a {self.codec.name} weight; load the base in full precision to merge"
             )
-        if self.bias is None and any(self.lora_bias.get(name) for name in names):
+        if any(self.lora_bias.get(name) for name in names) and self.bias is None:
             raise UnsupportedError(
                 "cannot merge an adapter with lora_bias=True into a layer that has no bias; "
                 "keep the adapter unmerged, or train it with lora_bias=False"

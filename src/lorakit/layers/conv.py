@@ -11,9 +11,10 @@ from torch.nn.functional import pad
 from lorakit.layers.base import LoraLayer
 from lorakit.layers.chosen import Live
 from lorakit.layers.factors import looking_conv, pointwise_conv
-from lorakit.layers.hooks import is_observed
+from lorakit.layers.hooks import add_to_output, inside, is_observed
 from lorakit.layers.linear import held_by_modules
 from lorakit.layouts import filled
+from lorakit.weights.dense import CONVOLUTIONS
 
 if TYPE_CHECKING:
     from lorakit.layers.chosen import Chosen
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from lorakit.weights import WeightCodec
 
 _CONVOLVE = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
+_PLAIN: frozenset[type[nn.Module]] = frozenset(CONVOLUTIONS)
 
 
 @final
@@ -50,7 +52,7 @@ class Conv(LoraLayer):
             route = route if chosen is None else self._present(chosen.names)
         dtype = y.dtype
         for name in route:
-            y = y + self._contribution(name, x)
+            y = add_to_output(y, self._contribution(name, x), self.base_layer, _PLAIN)
         return y.to(dtype)
 
     def _contribution(self, name: str, x: Tensor) -> Tensor:
@@ -64,34 +66,32 @@ class Conv(LoraLayer):
         space = len(self.layout.row) - 1
         convolve: Any = _CONVOLVE[space]
         z: Tensor = convolve(h, B.to(h.dtype), groups=self.layout.groups)
-        return z if bias is None else z + (bias * scaling).view(-1, *(1,) * space)
+        return z if bias is None else z + (bias.to(z.dtype) * scaling).view(-1, *(1,) * space)
 
     def _mixed(self, chosen: Chosen, y: Tensor, x: Tensor) -> Tensor:
         """Each sample through its own adapter: one convolution, in which a sample is a group."""
         names = self._present(chosen.names)
         if not names:
             return y
-        ids = chosen.groups(names, x.shape[0], x.device).ids
-        place = ids.clamp(min=0)
+        ids = chosen.groups(names, x.shape[0], x.device).ids  # -1, the base alone, finds the zeros at the end
         stored = [self.stored(name) for name in names]
         per_group = max(item.B.shape[1] for item in stored)
         groups, space = self.layout.groups, len(self.layout.row) - 1
-        A = torch.stack(
-            [self._by_group(item.A, per_group) for item in stored]
-        )  # (n, groups·rank, in, *kernel)
-        B = torch.stack([filled(item.B.flatten(1), per_group, dim=1) for item in stored])  # (n, out, rank)
-        scaling = torch.tensor(
-            [*(float(self.scaling[name]) for name in names), 0.0], device=y.device, dtype=x.dtype
-        )[ids]  # -1, the base alone, finds the zero at the end
-        h = self._convolve_each(self._dropped(x, names, place), A.to(x.dtype)[place])
-        h = h * scaling.view(-1, 1, *(1,) * space)
+        # (n + 1, groups·rank, in, *kernel) and (n + 1, out, rank)
+        A = _then_zeros([self._by_group(item.A, per_group) for item in stored])
+        B = _then_zeros([filled(item.B.flatten(1), per_group, dim=1) for item in stored])
+        wide = torch.promote_types(y.dtype, torch.float32)
+        scalings = [*(float(self.scaling[name]) for name in names), 0.0]
+        scaling = torch.tensor(scalings, device=y.device, dtype=wide)[ids]
+        h = self._convolve_each(self._dropped(x, names, ids), A.to(x.dtype)[ids])
+        h = (h * scaling.view(-1, 1, *(1,) * space)).to(h.dtype)
         each = h.reshape(len(ids) * groups, per_group, -1)
-        matrices = B.to(h.dtype)[place].reshape(len(ids) * groups, -1, per_group)
+        matrices = B.to(h.dtype)[ids].reshape(len(ids) * groups, -1, per_group)
         y = y + torch.bmm(matrices, each).reshape(y.shape).to(y.dtype)
         if any(item.bias is not None for item in stored):
-            none = torch.zeros(self.layout.out, device=y.device, dtype=B.dtype)
-            biases = torch.stack([none if item.bias is None else item.bias for item in stored])
-            y = y + (biases[place].to(y.dtype) * scaling.unsqueeze(-1)).view(*y.shape[:2], *(1,) * space)
+            none = B.new_zeros(self.layout.out)
+            biases = _then_zeros([none if item.bias is None else item.bias for item in stored])[ids]
+            y = y + (biases * scaling.unsqueeze(-1)).view(*y.shape[:2], *(1,) * space).to(y.dtype)
         return y
 
     def _by_group(self, A: Tensor, per_group: int) -> Tensor:
@@ -99,12 +99,12 @@ class Conv(LoraLayer):
         groups = self.layout.groups
         return filled(A.reshape(groups, -1, *A.shape[1:]), per_group, dim=1).reshape(-1, *A.shape[1:])
 
-    def _dropped(self, x: Tensor, names: tuple[str, ...], place: Tensor) -> Tensor:
+    def _dropped(self, x: Tensor, names: tuple[str, ...], ids: Tensor) -> Tensor:
         """X after the dropout of each sample's own adapter."""
         rates = [self._rate(name) for name in names]
         if not any(rates):
             return x
-        rate = torch.tensor(rates, device=x.device)[place].view(-1, *(1,) * (x.ndim - 1))
+        rate = torch.tensor([*rates, 0.0], device=x.device)[ids].view(-1, *(1,) * (x.ndim - 1))
         kept = torch.rand(x.shape, device=x.device) >= rate
         return x * (kept / (1 - rate)).to(x.dtype)
 
@@ -131,9 +131,7 @@ class Conv(LoraLayer):
 
     @property
     def _base(self) -> Convolution:
-        base = self.get_base_layer()
-        assert isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        return base
+        return inside(self.base_layer, CONVOLUTIONS)
 
     def _hold(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
         self.lora_A[name] = looking_conv(self._base, A)
@@ -145,3 +143,8 @@ class Conv(LoraLayer):
 
     def _held(self, name: str) -> dict[str, tuple[str, nn.Parameter]]:
         return held_by_modules(self.lora_A, self.lora_B, name)
+
+
+def _then_zeros(tensors: list[Tensor]) -> Tensor:
+    """The tensors stacked, and zeros of the same shape after them: what -1 picks."""
+    return torch.stack([*tensors, torch.zeros_like(tensors[0])])

@@ -10,12 +10,15 @@ from torch.nn.functional import embedding, linear
 
 from lorakit.layers.base import LoraLayer
 from lorakit.layers.chosen import Live
+from lorakit.layers.hooks import add_to_output, inside
 from lorakit.layers.mixing import rows_by_sample
 from lorakit.layouts import filled
 
 if TYPE_CHECKING:
     from lorakit.layers.chosen import Chosen
     from lorakit.weights import WeightCodec
+
+_PLAIN: frozenset[type[nn.Module]] = frozenset({nn.Embedding})
 
 
 @final
@@ -53,9 +56,10 @@ class Embedding(LoraLayer):
         for name in route:
             if name in self.r:
                 A, B, _ = self.stored(name)
-                h = self._look_up(x, A.t()).to(dtype) * (self.scaling[name] * self._scale)
-                y = y + linear(h.to(dtype), B.to(dtype))
-        return y
+                h = self._look_up(x, A.t())
+                h = h.to(torch.promote_types(h.dtype, dtype)) * self.scaling[name] * self._scale
+                y = add_to_output(y, linear(h.to(dtype), B.to(dtype)), self.base_layer, _PLAIN)
+        return y.to(dtype)
 
     def _mixed(self, chosen: Chosen, y: Tensor, x: Tensor) -> Tensor:
         """Each sample through its own adapter; x (samples, ...) of ids."""
@@ -73,15 +77,16 @@ class Embedding(LoraLayer):
         rank = max(item.A.shape[0] for item in stored)
         # one table of all adapters' rows: tokens of the second follow those of the first
         table = torch.cat([filled(item.A, rank, dim=0).t() for item in stored])
-        B = torch.stack([filled(item.B, rank, dim=1) for item in stored]).to(y.dtype)
-        scaling = torch.tensor(
-            [*(float(self.scaling[name]) for name in names), 0.0], device=y.device, dtype=y.dtype
-        )
-        place = ids.clamp(min=0)
-        shifted = x.reshape(len(ids), -1) + (place * self.layout.shape[1]).unsqueeze(-1)
-        h = self._look_up(shifted, table, tables=len(names)).to(y.dtype)
-        h = h * (scaling[ids] * self._scale).view(-1, 1, 1)  # -1, the base alone, finds the zero at the end
-        return y + torch.bmm(h, B[place].mT).view(y.shape)
+        Bs = [filled(item.B, rank, dim=1) for item in stored]
+        Bs.append(torch.zeros_like(Bs[0]))  # what -1, the base alone, picks
+        B = torch.stack(Bs).to(y.dtype)[ids]
+        wide = torch.promote_types(y.dtype, torch.float32)
+        scalings = [*(float(self.scaling[name]) for name in names), 0.0]
+        scaling = torch.tensor(scalings, device=y.device, dtype=wide)[ids]
+        shifted = x.reshape(len(ids), -1) + (ids.clamp(min=0) * self.layout.shape[1]).unsqueeze(-1)
+        h = self._look_up(shifted, table, tables=len(names)) * scaling.view(-1, 1, 1) * self._scale
+        h = torch.where((ids < 0).view(-1, 1, 1), 0, h).to(y.dtype)  # what the first adapter holds may be NaN
+        return y + torch.bmm(h, B.mT).view(y.shape).to(y.dtype)
 
     def _look_up(self, ids: Tensor, table: Tensor, tables: int = 1) -> Tensor:
         """Rows of A transposed, with the base's way of counting gradients."""
@@ -96,14 +101,14 @@ class Embedding(LoraLayer):
 
     @property
     def _scale(self) -> Any:
-        """What the base multiplies its output by (Gemma's embeddings), else 1."""
-        return getattr(self.get_base_layer(), "embed_scale", 1.0)
+        """What the base multiplies its output by (Gemma's embeddings), in the dtype it does so in; else 1."""
+        base = self._base
+        scale = getattr(base, "embed_scale", 1.0)
+        return scale.to(base.weight.dtype) if isinstance(scale, Tensor) else scale
 
     @property
     def _base(self) -> nn.Embedding:
-        base = self.get_base_layer()
-        assert isinstance(base, nn.Embedding)
-        return base
+        return inside(self.base_layer, nn.Embedding)
 
     def _hold(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
         assert bias is None, "the planner refuses lora_bias on an embedding"

@@ -16,15 +16,20 @@ if TYPE_CHECKING:
     from lorakit.weights import WeightState
 
 
-def merge_is_finite(state: WeightState, factors: Sequence[Factors]) -> bool:
+def merge_is_finite(state: WeightState, adapters: Sequence[Sequence[Factors]]) -> bool:
     """Whether norms alone prove that every element of the merged weight is finite.
 
-    max|W| plus the Cauchy-Schwarz bound of each delta, against half the largest number of the base's dtype: one
-    read of W and of the factors, no delta. False means "not proved". A bias is always left to the full check.
+    max|W| plus, for each adapter, the largest Cauchy-Schwarz bound of its blocks, against half the largest number of
+    the base's dtype: one read of W and of the factors, no delta. False means "not proved". A bias is always left to
+    the full check.
     """
     weight = state.weight.detach()
-    if weight.is_meta or not weight.is_floating_point() or any(part.bias is not None for part in factors):
+    has_bias = any(block.bias is not None for blocks in adapters for block in blocks)
+    if weight.is_meta or not weight.is_floating_point() or has_bias:
         return False
     low, high = weight.aminmax()
-    bound = max(-low.item(), high.item()) + sum(delta_bound(part) for part in factors)
+    bounds = [[delta_bound(block) for block in blocks] for blocks in adapters]
+    if not all(math.isfinite(bound) for each in bounds for bound in each):  # `max` may pass over a NaN
+        return False
+    bound = max(-low.item(), high.item()) + sum(max(each) for each in bounds)
     return math.isfinite(bound) and bound < torch.finfo(weight.dtype).max / 2

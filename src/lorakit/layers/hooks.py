@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from torch.nn.modules import module as _module
 
+from lorakit.ops.reference import must_compose
+
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
+
+M = TypeVar("M", bound="nn.Module")
 
 
 def is_observed(module: nn.Module) -> bool:
@@ -30,3 +34,22 @@ def is_observed(module: nn.Module) -> bool:
 def may_keep_output(module: nn.Module) -> bool:
     """Whether a hook gets to see what `module` returns."""
     return bool(module._forward_hooks or _module._has_any_global_hook())
+
+
+def add_to_output(y: Tensor, z: Tensor, base: nn.Module, plain: frozenset[type[nn.Module]]) -> Tensor:
+    """`y + z` where y is what `base` returned; written into y where that is known to be nobody else's.
+
+    Args:
+        y: given away.
+        z: of the shape of y.
+        base: the module that gave y.
+        plain: classes whose forward returns a new tensor and keeps it for no gradient.
+    """
+    if type(base) in plain and not is_observed(base) and not must_compose(y, ()):
+        return y.add_(z)
+    return y + z
+
+
+def inside(module: nn.Module, kinds: type[M] | tuple[type[M], ...]) -> M:
+    """The module of one of these types: `module`, or what a wrapper that took its place (sharding) wraps."""
+    return next(found for found in module.modules() if isinstance(found, kinds))

@@ -118,10 +118,12 @@ class DenseCodec:
 def add_blocks(layout: Layout, weight: nn.Parameter, adapters: Sequence[Sequence[Factors]]) -> nn.Parameter:
     """A new parameter of `weight` plus every adapter's delta, each block in its own part of the weight."""
     dense = layout.make_dense(weight.detach())
-    old = layout.regions(dense if dense.is_contiguous() else dense.contiguous())
-    new = torch.empty(dense.shape, dtype=dense.dtype, device=dense.device)
-    for source, target, *blocks in zip(old, layout.regions(new), *adapters, strict=True):
+    flat = dense.contiguous()
+    new = torch.empty_like(flat)
+    for source, target, *blocks in zip(layout.regions(flat), layout.regions(new), *adapters, strict=True):
         merge_delta(source, blocks, transposed=layout.transposed, out=target)
+    if flat is not dense:  # channels_last, or a transposed view: the strides stay what they were
+        new = torch.empty_like(dense).copy_(new)
     return nn.Parameter(new, requires_grad=weight.requires_grad)
 
 
