@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +131,7 @@ class Conv(LoraLayer):
 
     @property
     def _base(self) -> Convolution:
-        return inside(self.base_layer, CONVOLUTIONS)
+        return cast("Convolution", inside(self.base_layer, CONVOLUTIONS))
 
     def _hold(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
         self.lora_A[name] = looking_conv(self._base, A)

@@ -75,27 +75,31 @@ class Embedding(LoraLayer):
         ids = chosen.groups(names, x.shape[0], x.device).ids
         stored = [self.stored(name) for name in names]
         rank = max(item.A.shape[0] for item in stored)
-        # one table of all adapters' rows: tokens of the second follow those of the first
-        table = torch.cat([filled(item.A, rank, dim=0).t() for item in stored])
+        # one table of all adapters' rows: tokens of the second follow those of the first; the last row is the base's
+        tables = [filled(item.A, rank, dim=0).t() for item in stored]
+        table = torch.cat([*tables, tables[0].new_zeros(1, rank)])
+        places = x.reshape(len(ids), -1) + (ids * self.layout.shape[1]).unsqueeze(-1)
+        places = torch.where((ids < 0).unsqueeze(-1), len(table) - 1, places)
         Bs = [filled(item.B, rank, dim=1) for item in stored]
-        Bs.append(torch.zeros_like(Bs[0]))  # what -1, the base alone, picks
-        B = torch.stack(Bs).to(y.dtype)[ids]
+        B = torch.stack([*Bs, torch.zeros_like(Bs[0])]).to(y.dtype)[ids]
         wide = torch.promote_types(y.dtype, torch.float32)
         scalings = [*(float(self.scaling[name]) for name in names), 0.0]
         scaling = torch.tensor(scalings, device=y.device, dtype=wide)[ids]
-        shifted = x.reshape(len(ids), -1) + (ids.clamp(min=0) * self.layout.shape[1]).unsqueeze(-1)
-        h = self._look_up(shifted, table, tables=len(names)) * scaling.view(-1, 1, 1) * self._scale
-        h = torch.where((ids < 0).view(-1, 1, 1), 0, h).to(y.dtype)  # what the first adapter holds may be NaN
-        return y + torch.bmm(h, B.mT).view(y.shape).to(y.dtype)
+        h = self._look_up_mixed(places, table) * scaling.view(-1, 1, 1) * self._scale
+        return y + torch.bmm(h.to(y.dtype), B.mT).view(y.shape).to(y.dtype)
 
-    def _look_up(self, ids: Tensor, table: Tensor, tables: int = 1) -> Tensor:
+    def _look_up(self, ids: Tensor, table: Tensor) -> Tensor:
         """Rows of A transposed, with the base's way of counting gradients."""
         base = self._base
-        padding = base.padding_idx if tables == 1 else None
-        found = embedding(ids, table, padding, scale_grad_by_freq=base.scale_grad_by_freq)
-        if tables > 1 and base.padding_idx is not None and table.requires_grad:
-            # the padding's row gets no gradient, in whichever table it is
-            is_padding = (ids % self.layout.shape[1] == base.padding_idx).unsqueeze(-1)
+        return embedding(ids, table, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
+
+    def _look_up_mixed(self, places: Tensor, table: Tensor) -> Tensor:
+        """The same in a table of several adapters' rows."""
+        base = self._base
+        found = embedding(places, table, scale_grad_by_freq=base.scale_grad_by_freq)
+        if base.padding_idx is not None and table.requires_grad:
+            # the padding's row gets no gradient, in whichever adapter it is
+            is_padding = (places % self.layout.shape[1] == base.padding_idx).unsqueeze(-1)
             found = torch.where(is_padding, found.detach(), found)
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, final
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.errors import UnsupportedError
@@ -63,8 +64,7 @@ class Linear(LoraLayer):
         y: Tensor = base(x, *args, **kwargs)
         if self.token_adapter is not None:
             y = self.token_adapter.in_head(y, x, route, self.bias)
-        # `lora_add` writes into a fresh y; a hook may have kept it
-        return lora_add(y.clone() if may_keep_output(base) else y, x, terms)
+        return lora_add(self._given_away(y), x, terms)
 
     def _forward_mixed(self, chosen: Chosen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Each sample through its own adapter; x (samples, ..., in)."""
@@ -80,7 +80,16 @@ class Linear(LoraLayer):
         from lorakit.ops.grouped import lora_grouped
 
         bank = self._banks.bank(factors, [self._term(name) for name in factors])
-        return lora_grouped(y.clone() if may_keep_output(self.base_layer) else y, x, bank, groups)
+        return lora_grouped(self._given_away(y), x, bank, groups)
+
+    def _given_away(self, y: Tensor) -> Tensor:
+        """The base's output as the ops want it: they write into what is no view, and somebody may have kept this one."""
+        kept = type(self.base_layer) is not self._fused_type or may_keep_output(self.base_layer)
+        if not kept:
+            return y
+        return (
+            y.view_as(y) if torch.is_grad_enabled() else y.clone()
+        )  # inference mode does not know its views
 
     def stand_in(self) -> nn.Module:
         """A plain layer with the weight and bias that act now, for a parent that reads them instead of calling.
