@@ -4,10 +4,9 @@ Such a parameter is multiplied by its module's own forward, which cannot be spli
 a stand-in of the module that holds the changed parameter: the module itself is never changed, and calls on other
 threads see nothing of it.
 
-Cost. Experts of transformers, and the like that only select and multiply, get the change in factored form
-(`factored`). Any other module gets the dense sum: one product of the parameter's size and one tensor like it, for each
-call and, in training, its gradient. One wrapper adapts one parameter; several on a module are nested, the module's
-last parameter outermost.
+Cost. Modules that are known to only select and multiply (`multiplies_only`) get the change in factored form. Any other
+module gets the dense sum: one product of the parameter's size and one tensor like it, for each call and, in training,
+its gradient. One wrapper adapts one parameter; several on a module are nested, the module's last parameter outermost.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ from lorakit.layers.chosen import Live
 from lorakit.layers.factored import Change, FactoredWeight
 from lorakit.layers.factors import plain_linear
 from lorakit.layers.linear import Linear, held_by_modules
-from lorakit.layers.standin import stand_in
+from lorakit.layers.stacks import Arrangement, StackKeeper
+from lorakit.layers.standin import call_on_stand_in, stand_in
 from lorakit.weights.parameter import ParameterCodec
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class ParamWrapper(LoraLayer):
 
     Attributes:
         parameter_name: the parameter's name in the module.
+        num_experts: how many matrices are stacked in it, 1 for a plain matrix.
         lora_A, lora_B: the factors by adapter name, as Linears: A (r·experts, in), expert by expert, and B
             (out, r·experts), rank by rank.
     """
@@ -51,24 +52,29 @@ class ParamWrapper(LoraLayer):
         self.num_experts = max(self.layout.experts, 1)
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
+        self._stacks = StackKeeper()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Whatever the module takes and gives, computed with the changed parameters."""
-        changed = {
-            wrapper.parameter_name: wrapper.effective() for wrapper in self.chain() if wrapper.acting()
-        }
         module = self.get_base_layer()
-        inner = {
-            name: child.stand_in()
-            for name, child in module._modules.items()
-            if isinstance(child, Linear) and _is_read(module, name)
-        }
-        if not changed and not inner:
+        changed = {wrapper.parameter_name: wrapper.changed() for wrapper in self.chain() if wrapper.acting()}
+        read = {name: child.stand_in() for name, child in _children_read(module)}
+        if not changed and not read:
             return module(*args, **kwargs)
-        if torch.compiler.is_compiling() and not inner:
-            dense = {name: _as_dense(value) for name, value in changed.items()}
+        if torch.compiler.is_compiling() or "forward" in module.__dict__:
+            # a compiler takes tensors alone, and a forward that was put onto the object knows that object alone
+            dense = {name: weight.dense() for name, weight in changed.items()}
+            for name, child in read.items():
+                dense |= {
+                    f"{name}.base_layer.{key}": value
+                    for key, value in child._parameters.items()
+                    if value is not None
+                }
             return torch.func.functional_call(module, dense, args, kwargs)
-        return stand_in(module, changed, inner)(*args, **kwargs)
+        given = (
+            changed if multiplies_only(module) else {name: weight.dense() for name, weight in changed.items()}
+        )
+        return call_on_stand_in(module, given, read, args, kwargs)
 
     def chain(self) -> Iterator[ParamWrapper]:
         """This wrapper and those that it wraps."""
@@ -97,40 +103,52 @@ class ParamWrapper(LoraLayer):
             )
         return present
 
-    def effective(self) -> FactoredWeight | Tensor:
-        """The parameter with the changes of the acting adapters; the parameter itself where none acts."""
+    def changed(self) -> FactoredWeight:
+        """The parameter with the changes of the acting adapters."""
         base = self.codec.state(self.get_base_layer()).weight
-        names = self.acting()
-        if not names:
-            return base
-        weight = FactoredWeight(base, [self._change(name) for name in names])
-        factored = _stays_factored(self.get_base_layer()) and not torch.compiler.is_compiling()
-        return weight if factored else weight.dense()
+        return FactoredWeight(base, [self._change(name) for name in self.acting()])
+
+    def acting_value(self) -> Tensor:
+        """The parameter as the running call computes with it: itself where nothing acts, else the dense sum."""
+        return self.changed().dense() if self.acting() else self.codec.state(self.get_base_layer()).weight
 
     def _change(self, name: str) -> Change:
         A, B, _ = self.stored(name)
-        if self.layout.experts:
-            right = A.reshape(self.layout.experts, -1, A.shape[1])
-            left = B.reshape(B.shape[0], -1, self.layout.experts).permute(2, 0, 1)
-        else:
-            left, right = B, A
+        experts = self.layout.experts
+        right = self._stacks.stack(f"A {name}", A, Arrangement(experts, by_rank=False))
+        left = self._stacks.stack(f"B {name}", B, Arrangement(experts, by_rank=True))
         if self.layout.transposed:
-            left, right = right.mT, left.mT
+            left, right = right, left
         return Change(left, right, self.scaling[name])
+
+    @property
+    def weight(self) -> Tensor:
+        """The module's `weight`, where it has one, as the running call computes with it."""
+        found: Tensor = self._of_module("weight")
+        return found
 
     def __getattr__(self, name: str) -> Any:
         """What the wrapper does not have is the module's; a parameter is given as the running call computes with it."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or "base_layer" not in self._modules:
+            if "base_layer" not in self.__dict__.get("_modules", ()) or not _is_open(name):
                 raise
-            module = self.get_base_layer()
-            for wrapper in self.chain():
-                if name == wrapper.parameter_name:
-                    return wrapper.effective()
-            found = getattr(module, name)
-            return found.stand_in() if isinstance(found, Linear) and _is_read(module, name) else found
+            return self._of_module(name)
+
+    def _of_module(self, name: str) -> Any:
+        module = self.get_base_layer()
+        for wrapper in self.chain():
+            if name == wrapper.parameter_name:
+                return wrapper.acting_value()
+        found = getattr(module, name)
+        if isinstance(found, Linear) and _is_read(module, name):
+            return found.stand_in()
+        if getattr(found, "__self__", None) is module and not type(module).__module__.startswith("torch.nn."):
+            # a method may read the parameters
+            values = {wrapper.parameter_name: wrapper.acting_value() for wrapper in self.chain()}
+            return getattr(stand_in(module, values), name)
+        return found
 
     def _hold(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
         assert bias is None, "the planner refuses lora_bias on a parameter"
@@ -138,6 +156,7 @@ class ParamWrapper(LoraLayer):
         self.lora_B[name] = plain_linear(B)
 
     def _let_go(self, name: str) -> None:
+        self._stacks.clear()
         del self.lora_A[name]
         del self.lora_B[name]
 
@@ -145,26 +164,35 @@ class ParamWrapper(LoraLayer):
         return held_by_modules(self.lora_A, self.lora_B, name)
 
 
+def _is_open(name: str) -> bool:
+    """Whether others may ask a wrapper for what its module calls so; torch's encoder layers ask for a private name."""
+    return not name.startswith("_") or name == "_qkv_same_embed_dim"
+
+
 def _is_read(module: nn.Module, child: str) -> bool:
     """Whether a module reads the weight of its child instead of calling it."""
     return isinstance(module, nn.MultiheadAttention) and child == "out_proj"
 
 
-def _as_dense(weight: FactoredWeight | Tensor) -> Tensor:
-    return weight.dense() if isinstance(weight, FactoredWeight) else weight
+def _children_read(module: nn.Module) -> Iterator[tuple[str, Linear]]:
+    for name, child in module._modules.items():
+        if isinstance(child, Linear) and _is_read(module, name):
+            yield name, child
 
 
-_FACTORED_FORWARDS = frozenset({"eager", "batched_mm", "grouped_mm", None})
+_EXPERT_FORWARDS = frozenset({"eager", "batched_mm", "grouped_mm", None})
 
 
-def _stays_factored(module: nn.Module) -> bool:
-    """Whether the module's forward is known to select and multiply only.
+def multiplies_only(module: nn.Module) -> bool:
+    """Whether the module's forward is known to do no more with its parameters than select and multiply.
 
-    True of the experts of transformers: those whose forward is chosen by name, unless a kernel is chosen that reads the
-    parameter's memory, and those of Llama 4.
+    True of a plain Linear and of the experts of transformers: those whose forward is chosen by name, unless a kernel is
+    chosen that reads the parameter's memory, and those of Llama 4 and JetMoe.
     """
+    if type(module) is nn.Linear:
+        return True
     if not type(module).__module__.startswith("transformers."):
         return False
     if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):
-        return getattr(module.config, "_experts_implementation", None) in _FACTORED_FORWARDS
-    return type(module).__name__ == "Llama4TextExperts"
+        return getattr(module.config, "_experts_implementation", None) in _EXPERT_FORWARDS
+    return type(module).__name__ in {"Llama4TextExperts", "JetMoeParallelExperts"}

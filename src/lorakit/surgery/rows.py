@@ -89,8 +89,9 @@ def _attention_rows(
             continue
         child = description.nodes[joined(node.path, name)]
         codec = find_codec(child.module)
-        if codec is None or child.kind is None:
-            rules.problems.append(f"{child.path}: {_stored(child.module)}")
+        if child.wrappers or codec is None or child.kind is None:
+            problem = _taken(child) if child.wrappers else _stored(child.module)
+            rules.problems.append(f"{child.path}: {problem}")
             continue
         rows += _row(
             child.path, child.kind, codec.layout(child.module), child.module.weight, rules, node.path
@@ -101,26 +102,46 @@ def _attention_rows(
 def _parameter_row(
     node: Node, attribute: str, rules: Rules, matched_as: str | None = None
 ) -> list[AdapterSpec]:
+    """The row of one parameter; `matched_as` is the path of the attention module that was named in its stead."""
     path = joined(node.path, attribute)
+    problem = _why_not_parameter(node, attribute) or ("" if matched_as else _why_not_bare(node, rules))
+    if problem:
+        rules.problems.append(f"{path}: {problem}")
+        return []
     codec = find_codec(node.module, attribute)
+    assert codec is not None
+    weight = node.module._parameters[attribute]
+    return _row(path, PARAMETER, codec.layout(node.module), weight, rules, matched_as)
+
+
+def _why_not_parameter(node: Node, attribute: str) -> str:
+    """Why a parameter cannot carry an adapter, or an empty text."""
     weight = node.module._parameters[attribute]
     if not node.path:
-        problem = "a parameter of the model itself, which cannot be wrapped; put it into a module"
-    elif codec is None:
+        return "a parameter of the model itself, which cannot be wrapped; put it into a module"
+    if find_codec(node.module, attribute) is None:
         kind = (
             "none"
             if weight is None
-            else f"{type(weight).__name__} of {weight.dtype} and {weight.ndim} dimensions"
+            else f"{type(weight).__name__} of {weight.dtype}, {weight.ndim} dimensions"
         )
-        problem = f"got {kind}; wanted a plain floating-point parameter of 2 or 3 dimensions"
-    elif node.layer is not None:
-        problem = (
-            f"{node.path} carries an adapter as a module; name it in target_modules or here, not in both"
-        )
-    else:
-        return _row(path, PARAMETER, codec.layout(node.module), weight, rules, matched_as)
-    rules.problems.append(f"{path}: {problem}")
-    return []
+        return f"got {kind}; wanted a plain parameter of 2 or 3 dimensions in fp64, fp32, bf16 or fp16"
+    if node.layer is not None:
+        return f"{node.path} carries an adapter as a module; name it in target_modules or here, not in both"
+    return ""
+
+
+def _why_not_bare(node: Node, rules: Rules) -> str:
+    """Why a config may not name a parameter of this module, given what else it names; or an empty text."""
+    owner = node.path.rpartition(".")[0] if is_read_by_parent(node.module) else node.path
+    if rules.matcher.target(node.path) or rules.matcher.target(owner):
+        return f"{owner} is named in target_modules too; name it in one of the two fields"
+    parts = node.path.split(".")
+    above = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    whole = [
+        entry for entry in rules.config.modules_to_save or () if any(path.endswith(entry) for path in above)
+    ]
+    return f"modules_to_save {whole} trains it whole; name it in one of the two fields" if whole else ""
 
 
 def _row(
@@ -180,10 +201,7 @@ def _why_not(node: Node) -> str:
             "or leave this one out with exclude_modules"
         )
     if node.wrappers:
-        taken = [wrapper.parameter_name for wrapper in node.wrappers]
-        return (
-            f"its parameters {taken} carry adapters already; name them in target_parameters, or delete those"
-        )
+        return _taken(node)
     if node.kind is None:
         return (
             f"{type(module).__name__} cannot carry an adapter; lorakit adapts nn.Linear, transformers' Conv1D, "
@@ -192,6 +210,11 @@ def _why_not(node: Node) -> str:
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "this embedding rescales its own weight (max_norm) whenever it is called; it cannot carry an adapter"
     return "" if find_codec(module) is not None else _stored(module)
+
+
+def _taken(node: Node) -> str:
+    taken = [wrapper.parameter_name for wrapper in node.wrappers]
+    return f"its parameters {taken} carry adapters already; name them in target_parameters, or delete those"
 
 
 def _stored(module: nn.Module) -> str:
