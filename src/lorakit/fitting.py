@@ -10,16 +10,22 @@ import torch
 from lorakit.checkpoint.keys import apply_key_mapping, from_file_key, to_file_key
 from lorakit.errors import AdapterFormatError, KeyMismatchError, bullet_list
 from lorakit.init import initialise
-from lorakit.surgery import expected_tensors
+from lorakit.surgery import Description, expected_tensors
 from lorakit.surgery.naming import TOKENS, names_in_file, tied_names, whole_module
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
+    from typing import TypeVar
 
     from torch import Tensor, nn
 
     from lorakit.checkpoint.reading import AdapterFile
+    from lorakit.specs import AdapterSpec
     from lorakit.surgery import Plan
+    from lorakit.surgery.naming import SameAs
+    from lorakit.surgery.tokens import TokenSpec
+
+    Spec = TypeVar("Spec", AdapterSpec, TokenSpec)
 
 
 def file_keys(file: AdapterFile, key_mapping: Mapping[str, str] | None, plan: Plan) -> dict[str, str]:
@@ -53,8 +59,9 @@ def without_base_copies(
     loaded = file.load([keys[key] for key in names], check_digest=False) if names else {}
     same = []
     for key, name in names.items():
-        own, found = plan.base_parameter(name).detach(), loaded[keys[key]]
-        if not own.is_meta and torch.equal(found.to(own), own):
+        own, found = _original(plan, name).detach(), loaded[keys[key]]
+        # the base may have been loaded in another precision than it was trained in
+        if not own.is_meta and (torch.equal(found.to(own), own) or torch.equal(own.to(found), found)):
             same.append(key)
     return {key: value for key, value in keys.items() if key not in same}, tuple(same)
 
@@ -76,11 +83,19 @@ def _embeddings_in(plan: Plan, keys: Mapping[str, str]) -> dict[str, str]:
 
 
 def embedding_weights(model: nn.Module) -> list[Tensor]:
-    """The weights of a transformers model's input and output embeddings."""
-    getters = (getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output"))
-    modules = [getter() for getter in getters if callable(getter)]
-    weights = [getattr(module, "weight", None) for module in modules]
+    """The base's own weights of a transformers model's input and output embeddings."""
+    bare = Description(model, {}, {})
+    weights = [getattr(bare.embedding(side), "weight", None) for side in ("input", "output")]
     return [weight for weight in weights if isinstance(weight, torch.Tensor)]
+
+
+def _original(plan: Plan, name: str) -> Tensor:
+    """A parameter of the base by its name there, as it was before any merge."""
+    owner, _, attribute = name.rpartition(".")
+    layer = plan.description.nodes[owner].layer
+    if layer is not None and attribute == layer.codec.names[0]:
+        return layer.original_weight
+    return plan.base_parameter(name)
 
 
 def compare(
@@ -91,8 +106,8 @@ def compare(
     Raises:
         KeyMismatchError: shapes differ, or there are such names and `strict`.
     """
-    expected = expected_tensors(plan)
     tied = tied_names(plan)
+    expected = {**{name: same.shape for name, same in tied.items()}, **expected_tensors(plan)}
     missing = [name for name in expected if name not in keys and name not in tied]
     unexpected = [name for name in keys if name not in expected]
     shapes = {name: tuple(file.tensors[key].shape) for name, key in keys.items()}
@@ -125,18 +140,105 @@ def check_ties(plan: Plan, tensors: Mapping[str, Tensor], where: str) -> None:
     Raises:
         AdapterFormatError: listing the tensors that differ.
     """
-    problems = []
-    for name, (source, transposed) in tied_names(plan).items():
-        if name not in tensors or source not in tensors:
-            continue
-        wanted = tensors[source].t() if transposed else tensors[source]
-        if not torch.equal(tensors[name], wanted):
-            problems.append(f"{to_file_key(name)} is not {to_file_key(source)}" + ", transposed" * transposed)
+    problems = [
+        f"{to_file_key(name)} is not {to_file_key(same.source)}" + ", transposed" * same.transposed
+        for name, same in _parted(plan, tensors).items()
+    ]
     if problems:
         hint = "Set ensure_weight_tying=false in its config to load them apart."
         raise AdapterFormatError(
             bullet_list(f"{where}: ensure_weight_tying, but tied modules differ", problems, hint)
         )
+
+
+def _parted(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, SameAs]:
+    """The tensors that are not what others say they should be, or of which those others are not there."""
+    found = {}
+    for name, same in tied_names(plan).items():
+        wanted = tensors.get(same.source)
+        if name in tensors and (wanted is None or not torch.equal(tensors[name], _seen(wanted, same))):
+            found[name] = same
+    return found
+
+
+def _seen(tensor: Tensor, same: SameAs) -> Tensor:
+    return tensor.t() if same.transposed else tensor
+
+
+def without_absent_ties(plan: Plan, names: Collection[str]) -> Plan:
+    """Leave out modules that are in the plan by ties alone, and of which a file holds nothing.
+
+    PEFT does not know every tie that a model has; where it does not, `ensure_weight_tying` has no effect.
+
+    Args:
+        plan: with `ensure_weight_tying`.
+        names: of the file's tensors.
+    """
+    if not plan.added:
+        return plan
+    layers = names_in_file(plan)
+    theirs = {
+        spec.path: {f"{layers.layer(spec.path)}.{name}" for name in spec.file_names.values()}
+        for spec in plan.specs
+    }
+    theirs |= {path: {f"{path}.weight"} for path in plan.modules_to_save}
+    absent = {path for path in plan.added if theirs[path].isdisjoint(names)}
+    return _apart(
+        replace(
+            plan,
+            specs=tuple(spec for spec in plan.specs if spec.path not in absent),
+            modules_to_save=tuple(path for path in plan.modules_to_save if path not in absent),
+            added=tuple(path for path in plan.added if path not in absent),
+        ),
+        absent,
+    )
+
+
+def _apart(plan: Plan, paths: Collection[str]) -> Plan:
+    """The plan with modules that are no longer tied, or whose source is not."""
+
+    def own(spec: Spec) -> Spec:
+        return replace(spec, tied_to=None) if {spec.path, spec.tied_to} & set(paths) else spec
+
+    ties = {path: source for path, source in plan.saved_ties.items() if not {path, source} & set(paths)}
+    return replace(
+        plan, specs=tuple(map(own, plan.specs)), tokens=tuple(map(own, plan.tokens)), saved_ties=ties
+    )
+
+
+def with_ties_as_found(
+    plan: Plan, tensors: Mapping[str, Tensor], where: str
+) -> tuple[Plan, dict[str, Tensor]]:
+    """The plan with only those modules tied whose tensors are the same, and these with all that ties determine.
+
+    Raises:
+        AdapterFormatError: one bias of the base is there twice, with different numbers.
+    """
+    if not tied_names(plan):
+        return plan, dict(tensors)
+    parted = _parted(plan, tensors)
+    biases = sorted(name for name, same in parted.items() if same.source in _bias_names(plan))
+    if biases:
+        problems = [f"{to_file_key(name)} is not {to_file_key(parted[name].source)}" for name in biases]
+        raise AdapterFormatError(
+            bullet_list(f"{where}: one bias of the model, but two in the file", problems)
+        )
+    paths = dict.fromkeys(same.path for same in parted.values())
+    notes = [
+        f"{path}: is tied in this model, but was trained apart; it is loaded so, whatever ensure_weight_tying says"
+        for path in paths
+    ]
+    plan = replace(_apart(plan, paths), notes=(*plan.notes, *notes))
+    given, expected = dict(tensors), expected_tensors(plan)
+    for name, same in tied_names(plan).items():
+        if same.source in tensors and name in expected:
+            given.setdefault(name, _seen(tensors[same.source], same))
+    return plan, given
+
+
+def _bias_names(plan: Plan) -> set[str]:
+    names = names_in_file(plan)
+    return {names.parameter(name) for name in plan.biases}
 
 
 def _hint(plan: Plan, missing: list[str], unexpected: list[str], wrong: list[str]) -> str:
@@ -176,7 +278,7 @@ def _base_values(plan: Plan) -> Iterator[tuple[str, Tensor]]:
     for path in plan.modules_to_save:
         yield from ((f"{path}.{key}", value) for key, value in whole_module(plan, path).state_dict().items())
     for token in plan.tokens:
-        weight = plan.base_parameter(f"{token.path}.weight")
+        weight = _original(plan, f"{token.path}.weight")
         yield f"{token.path}.{TOKENS}", weight[torch.tensor(token.indices, device=weight.device)]
     names = names_in_file(plan)
     for name in (*plan.biases, *plan.base_weights):

@@ -15,11 +15,12 @@ from lorakit.checkpoint.reading import open_adapter
 from lorakit.config import REQUIRED_KEYS, LoraConfig, check_adapter_name
 from lorakit.errors import AdapterNameError, KeyMismatchError
 from lorakit.fitting import (
-    check_ties,
     compare,
     file_keys,
     fill,
     with_base_weights,
+    with_ties_as_found,
+    without_absent_ties,
     without_base_copies,
     wrong_shapes,
 )
@@ -100,18 +101,25 @@ def load_onto(
     """
     _check_name(model, name, options)
     file, config = read_adapter(source, options, hub)
-    plan = make_plan(model, config, source="file", autocast_adapter_dtype=options.autocast_adapter_dtype)
+    plan = make_plan(
+        model,
+        config,
+        source="file",
+        autocast_adapter_dtype=options.autocast_adapter_dtype,
+        replacing=name if options.replace else None,
+    )
     keys: dict[str, str] = file_keys(file, options.key_mapping, plan)
     copies: tuple[str, ...] = ()
     if options.allow_base_weights:
         plan = with_base_weights(plan, keys)
     else:
         keys, copies = without_base_copies(file, plan, keys)
+    plan = without_absent_ties(plan, keys)
     missing, unexpected = compare(file, plan, keys, strict=options.strict)
     wanted = {name_: key for name_, key in keys.items() if name_ not in unexpected}
     loaded = file.load(wanted.values())
     tensors = {name_: loaded[key] for name_, key in wanted.items()}
-    check_ties(plan, tensors, str(file.weights_path))
+    plan, tensors = with_ties_as_found(plan, tensors, str(file.weights_path))
     if missing:
         tensors = fill(plan, tensors)
     registry = _put(model, plan, name, tensors)
@@ -159,7 +167,7 @@ def attach_tensors(
     Raises:
         KeyMismatchError: they are not the adapter's; the model was not touched.
     """
-    plan = make_plan(model, config)
+    plan = without_absent_ties(make_plan(model, config), tensors)
     expected = expected_tensors(plan)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     wrong = wrong_shapes(expected, shapes, {key: key for key in tensors})
@@ -169,9 +177,9 @@ def attach_tensors(
         raise KeyMismatchError(
             "state_dict", missing=sorted(missing), unexpected=sorted(unexpected), mismatched=wrong
         )
-    return attach(
-        model, plan, name, tensors={key: tensors[key].clone() for key in expected if key in tensors}
-    )
+    copies = {key: tensors[key].clone() for key in expected if key in tensors}
+    plan, copies = with_ties_as_found(plan, copies, "state_dict")
+    return attach(model, plan, name, tensors=copies)
 
 
 def _put(model: nn.Module, plan: Plan, name: str, tensors: Mapping[str, Tensor]) -> AdapterRegistry:
@@ -180,7 +188,7 @@ def _put(model: nn.Module, plan: Plan, name: str, tensors: Mapping[str, Tensor])
     if registry is None or name not in registry.configs:
         return attach(model, plan, name, tensors=tensors)
     former = {item.file_name: item.tensor.detach() for item in registry.tensors(name)}
-    former_plan = _plan_again(registry, name)
+    former_plan = _plan_again(registry, name, former)
     active, flags = registry.active, _flags(registry)
     registry.active = tuple(other for other in active if other != name)
     registry.discard(name)
@@ -199,7 +207,8 @@ def _put(model: nn.Module, plan: Plan, name: str, tensors: Mapping[str, Tensor])
 
 def _plan_again(registry: AdapterRegistry, name: str) -> Plan:
     """The plan that puts an adapter of this model back."""
-    plan = make_plan(registry.model, registry.configs[name], source="file")
+    plan = make_plan(registry.model, registry.configs[name], source="file", replacing=name)
+    plan, _ = with_ties_as_found(without_absent_ties(plan, tensors), tensors, "the model")
     replaced = [key for key, slot in registry.slots.items() if name in slot.copies]
     return replace(plan, base_weights=tuple(key for key in replaced if key not in plan.biases))
 

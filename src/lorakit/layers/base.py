@@ -66,6 +66,8 @@ class LoraLayer(MergingLayer):
         merged_adapters: names whose deltas are in the base weight now, in the order they were merged.
     """
 
+    token_adapter: TokenRows | None
+
     def __init__(self, base_layer: nn.Module, codec: WeightCodec) -> None:
         super().__init__(base_layer, codec)
         self.lora_dropout = nn.ModuleDict()
@@ -76,7 +78,7 @@ class LoraLayer(MergingLayer):
         self.lora_bias: dict[str, bool] = {}
         self.layout = codec.layout(self.get_base_layer())
         self.out_features, self.in_features = self.layout.out, self.layout.row[0]
-        self.token_adapter: TokenRows | None = None
+        self.register_module("token_adapter", None)
         self.owner = Owner()
         self.tied: dict[str, LoraLayer] = {}
         self.tied_rows: dict[str, LoraLayer] = {}

@@ -49,9 +49,15 @@ class ModulesToSaveWrapper(nn.Module):
             tied: another copy whose `weight` is to be this one's too.
         """
         assert name not in self.modules_to_save, f"{name!r} already has a copy"
-        duplicate = copy.deepcopy(self.original_module)
+        original = self.original_module
+        # what is replaced at once is not copied before
+        kept = {id(original.weight): tied.weight} if tied is not None else {}
+        if tensors is not None:
+            kept |= {id(value): value for value in original.parameters() if id(value) not in kept}
+        duplicate = copy.deepcopy(original, kept)
         if tensors is not None:
             duplicate.load_state_dict(dict(tensors), strict=True, assign=True)
+            _share_again(original, duplicate)
         if tied is not None:
             duplicate.weight = tied.weight
         duplicate.requires_grad_(requires_grad=False)
@@ -159,3 +165,13 @@ class ModulesToSaveWrapper(nn.Module):
             if name in {"original_module", "modules_to_save", "_active", "_enabled"}:
                 raise
             return getattr(self.active_module, name)
+
+
+def _share_again(original: nn.Module, duplicate: nn.Module) -> None:
+    """Let parameters be one inside the copy that are one inside the original."""
+    first: dict[int, str] = {}
+    for name, parameter in original.named_parameters(remove_duplicate=False):
+        source = first.setdefault(id(parameter), name)
+        if source != name:
+            path, _, attribute = name.rpartition(".")
+            setattr(duplicate.get_submodule(path), attribute, duplicate.get_parameter(source))

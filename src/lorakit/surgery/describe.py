@@ -75,12 +75,15 @@ def _named(getter: object) -> object:
     return found.original_module if isinstance(found, ModulesToSaveWrapper) else found
 
 
-def describe(model: nn.Module, instead: Mapping[int, nn.Module] | None = None) -> Description:
+def describe(
+    model: nn.Module, instead: Mapping[int, nn.Module] | None = None, without: str | None = None
+) -> Description:
     """Walk `model` once.
 
     Args:
         model: any module.
         instead: modules to go on with in place of others, by the `id` of those.
+        without: an adapter to pass over: the model is described as if it were gone.
     """
     nodes: dict[str, Node] = {}
     saved: dict[str, ModulesToSaveWrapper] = {}
@@ -89,6 +92,7 @@ def describe(model: nn.Module, instead: Mapping[int, nn.Module] | None = None) -
     while stack:
         path, module, place = stack.pop()
         module = instead.get(id(module), module) if instead else module
+        module = module if without is None else _without(module, without)
         if id(module) in paths:
             _note_place(nodes, paths[id(module)], place)
             continue
@@ -104,6 +108,15 @@ def describe(model: nn.Module, instead: Mapping[int, nn.Module] | None = None) -
             if child is not None
         ]
     return Description(model, nodes, saved)
+
+
+def _without(module: nn.Module, adapter: str) -> nn.Module:
+    """What is left of a module when an adapter is taken off it."""
+    while isinstance(module, LoraLayer) and set(module.adapters) <= {adapter}:
+        module = module.base_layer
+    if isinstance(module, ModulesToSaveWrapper) and set(module.adapters) <= {adapter}:
+        return module.original_module
+    return module
 
 
 def _node(path: str, module: nn.Module, place: Place | None) -> Node:

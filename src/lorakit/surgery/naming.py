@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from lorakit.specs import FILE_NAMES
 from lorakit.surgery.paths import joined, located, nested
 
 if TYPE_CHECKING:
@@ -96,17 +97,59 @@ def expected_tensors(plan: Plan) -> dict[str, tuple[int, ...]]:
     return expected
 
 
-def tied_names(plan: Plan) -> dict[str, tuple[str, bool]]:
-    """For each tensor of a file that another one determines: the name of that one, and whether it is transposed."""
-    found: dict[str, tuple[str, bool]] = {}
+class SameAs(NamedTuple):
+    """What a tensor of a file must equal, since it is the same parameter of the adapter.
+
+    Attributes:
+        path: of the module that shows it, or its own name for a bias.
+        source: the name of the other tensor.
+        shape: of the tensor itself.
+        transposed: whether it is that one transposed.
+    """
+
+    path: str
+    source: str
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+
+def tied_names(plan: Plan) -> dict[str, SameAs]:
+    """The tensors of a file that others of it determine, so that it need not have them.
+
+    Beside the second halves of what `expected_tensors` says is there twice, these are tensors that PEFT may write
+    twice: rows of tied tokens, and a trained bias that several modules share.
+    """
+    found: dict[str, SameAs] = {}
     names = names_in_file(plan)
     for spec in plan.specs:
         if spec.tied_to is not None:
-            source, path = names.layer(spec.tied_to), names.layer(spec.path)
-            found[f"{path}.lora_A.weight"] = (f"{source}.lora_embedding_B", True)
-            found[f"{path}.lora_B.weight"] = (f"{source}.lora_embedding_A", True)
+            here, there = names.layer(spec.path), names.layer(spec.tied_to)
+            own, others = spec.file_names, FILE_NAMES["embedding"]
+            crossed = spec.kind != "embedding"  # a head holds the weight the other way round
+            for part, other in (("A", "B"), ("B", "A")) if crossed else (("A", "A"), ("B", "B")):
+                found[f"{here}.{own[part]}"] = SameAs(
+                    spec.path, f"{there}.{others[other]}", spec.shapes[part], crossed
+                )
     for path, source in plan.saved_ties.items():
-        found[f"{path}.weight"] = (f"{source}.weight", False)
+        shape = tuple(whole_module(plan, path).weight.shape)  # type: ignore[arg-type]
+        found[f"{path}.weight"] = SameAs(path, f"{source}.weight", shape)
+    for token in plan.tokens:
+        if token.tied_to is not None:
+            rows = (len(token.indices), token.width)
+            found[f"{token.path}.{TOKENS}"] = SameAs(token.path, f"{token.tied_to}.{TOKENS}", rows)
+    return found | _other_names_of_biases(plan, names)
+
+
+def _other_names_of_biases(plan: Plan, names: Names) -> dict[str, SameAs]:
+    mine = {id(plan.base_parameter(name)): name for name in plan.biases}
+    found: dict[str, SameAs] = {}
+    for node in plan.description.nodes.values() if mine else ():
+        for attribute, parameter in node.module.named_parameters(recurse=False):
+            name, first = joined(node.path, attribute), mine.get(id(parameter))
+            whole = any(name.startswith(f"{path}.") for path in plan.modules_to_save)
+            if first is not None and name not in plan.biases and not whole:
+                shape = tuple(parameter.shape)
+                found[names.parameter(name)] = SameAs(name, names.parameter(first), shape)
     return found
 
 

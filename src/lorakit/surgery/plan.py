@@ -18,7 +18,7 @@ from lorakit.surgery.registry import find_registry
 from lorakit.surgery.replicate import Replication, plan_replication
 from lorakit.surgery.rows import Rules, module_rows, parameter_rows
 from lorakit.surgery.targets import near_targets, resolve_targets, trained_whole
-from lorakit.surgery.ties import Ties, find_ties, tie_notes, with_tied
+from lorakit.surgery.ties import Ties, find_ties, spelled_out, tie_notes, with_tied
 from lorakit.surgery.tokens import TokenSpec, token_specs
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class Plan:
         specs: one row for each module or bare parameter that gets factors.
         modules_to_save: paths of modules that are trained whole.
         saved_ties: those of them whose weight is another one's, with the path of that one.
+        added: paths that the config does not name, with an adapter because they are tied to others that it does.
         saved_parameters: how many parameters those copies hold.
         saved_bytes: how many bytes they take.
         tokens: one row for each module whose token rows are replaced.
@@ -64,6 +65,7 @@ class Plan:
     description: Description
     base_weights: tuple[str, ...] = ()
     saved_ties: Mapping[str, str] = field(default_factory=dict)
+    added: tuple[str, ...] = ()
     tokens: tuple[TokenSpec, ...] = ()
     replication: Replication | None = None
 
@@ -107,6 +109,7 @@ def make_plan(
     *,
     source: Source = "user",
     autocast_adapter_dtype: bool = True,
+    replacing: str | None = None,
 ) -> Plan:
     """Plan an adapter for `model`, touching nothing.
 
@@ -115,6 +118,7 @@ def make_plan(
         config: what to put on it.
         source: "user" makes a pattern or entry that matches nothing an error; "file" makes it a note.
         autocast_adapter_dtype: keep adapters of a half-precision base in fp32.
+        replacing: an adapter of the model that will be gone when this one comes.
 
     Raises:
         PlanError: with every reason at once, each with the module path and near names.
@@ -128,16 +132,27 @@ def make_plan(
     if problems:
         raise PlanError(problems)
     deeper = {} if replication is None else {id(replication.before): replication.after}
-    description = describe(model, deeper)
-    ties = find_ties(description, config)
-    whole = trained_whole(description, config, loose)
-    saved_ties = _tie_whole(description, ties, whole)
+    description = describe(model, deeper, replacing)
+    whole = trained_whole(description, config, problems, loose)
+    ties = find_ties(description, config, whole, loose)
+    more_whole = with_tied(ties, whole)
+    saved_ties = _tie_whole(description, ties, whole, more_whole)
     inside = {node.path for path in whole for node in description.children_of(path)}
     resolved = replace(config, target_modules=resolve_targets(description, config, inside))
     matcher = Matcher(resolved)
     rules = Rules(resolved, matcher, problems, source == "file", autocast_adapter_dtype)
-    specs = _specs(description, rules, inside, ties, loose)
-    tokens = token_specs(description, resolved, ties, whole, problems, widen=autocast_adapter_dtype)
+    hit = _targets(description, matcher, inside)
+    more = with_tied(ties, hit)
+    specs = _specs(description, rules, (*hit, *more), ties, loose)
+    tokens = token_specs(
+        description,
+        resolved,
+        ties,
+        inside | whole.keys(),
+        problems,
+        widen=autocast_adapter_dtype,
+        from_file=source == "file",
+    )
     loose += matcher.unused()
     if not (specs or tokens or problems):
         problems.append(
@@ -148,11 +163,14 @@ def make_plan(
         raise PlanError(problems)
     targets = {spec.path for spec in specs}
     notes = loose if source == "file" else _notes(specs, description, resolved)
-    notes += tie_notes(ties, resolved, targets, whole) if source == "user" else []
+    if source == "user":
+        notes += tie_notes(ties, resolved, targets, whole)
+        resolved = spelled_out(resolved, more, more_whole, tokens)
     resolved = replace(resolved, fan_in_fan_out=_stored_in_out(specs))
     biases = _trained_biases(description, resolved, targets, inside)
     plan = _plan(resolved, specs, whole, biases, notes, description)
-    return replace(plan, saved_ties=saved_ties, tokens=tokens, replication=replication)
+    added = (*more, *more_whole)
+    return replace(plan, saved_ties=saved_ties, added=added, tokens=tokens, replication=replication)
 
 
 def _plan(
@@ -195,9 +213,11 @@ def _replication(model: nn.Module, config: LoraConfig, problems: list[str]) -> R
     return None
 
 
-def _tie_whole(description: Description, ties: Ties | None, whole: dict[str, nn.Module]) -> dict[str, str]:
-    """Add the tied modules of those trained whole, if ties are to be kept; gives whose weight is whose."""
-    for path in with_tied(ties, whole):
+def _tie_whole(
+    description: Description, ties: Ties | None, whole: dict[str, nn.Module], more: Sequence[str]
+) -> dict[str, str]:
+    """Add `more`, the tied modules of those trained whole, to these; gives whose weight is whose."""
+    for path in more:
         wrapper = description.saved.get(path)
         whole[path] = description.nodes[path].module if wrapper is None else wrapper.original_module
     if ties is None or not ties.ensure or ties.source not in whole:
@@ -205,17 +225,18 @@ def _tie_whole(description: Description, ties: Ties | None, whole: dict[str, nn.
     return {path: ties.source for path in ties.others if path in whole}
 
 
-def _specs(
-    description: Description, rules: Rules, inside: Collection[str], ties: Ties | None, loose: list[str]
-) -> list[AdapterSpec]:
-    """The rows of all modules and bare parameters that the config names, and of those tied to them."""
-    hit = [path for path in description.nodes if path not in inside and rules.matcher.target(path)]
+def _targets(description: Description, matcher: Matcher, inside: Collection[str]) -> list[str]:
+    """The paths of the modules that the config names."""
+    hit = [path for path in description.nodes if path not in inside and matcher.target(path)]
     parts = {f"{path}.{name}" for path in hit for name, _ in attention_parts(description.nodes[path].module)}
-    hit = [path for path in hit if path not in parts]  # the attention module itself takes care of them
-    added = with_tied(ties, hit)
-    specs = [
-        spec for path in (*hit, *added) for spec in module_rows(description.nodes[path], rules, description)
-    ]
+    return [path for path in hit if path not in parts]  # the attention module itself takes care of them
+
+
+def _specs(
+    description: Description, rules: Rules, hit: Sequence[str], ties: Ties | None, loose: list[str]
+) -> list[AdapterSpec]:
+    """The rows of these modules, and of all bare parameters that the config names."""
+    specs = [spec for path in hit for spec in module_rows(description.nodes[path], rules, description)]
     if ties is not None and ties.ensure and ties.source in {spec.path for spec in specs}:
         source = next(spec for spec in specs if spec.path == ties.source)
         specs = [_tied_row(spec, source) if spec.path in ties.others else spec for spec in specs]

@@ -88,8 +88,17 @@ def _endings(path: str) -> list[str]:
     return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
 
 
-def trained_whole(description: Description, config: LoraConfig, loose: list[str]) -> dict[str, nn.Module]:
-    """Modules that `modules_to_save` names, by path; those inside another one are part of it."""
+def trained_whole(
+    description: Description, config: LoraConfig, problems: list[str], loose: list[str]
+) -> dict[str, nn.Module]:
+    """Modules that `modules_to_save` names, by path; those inside another one are part of it.
+
+    Args:
+        description: of the model.
+        config: with `modules_to_save`.
+        problems: get the modules that cannot be trained whole.
+        loose: gets the entries that match nothing.
+    """
     found: dict[str, nn.Module] = {}
     candidates = {path: node.module for path, node in description.nodes.items() if path}
     candidates |= {path: wrapper.original_module for path, wrapper in description.saved.items()}
@@ -99,11 +108,20 @@ def trained_whole(description: Description, config: LoraConfig, loose: list[str]
         if not hits and entry not in implicit:
             loose.append(f"modules_to_save: {entry!r} matches no module" + NearNames(candidates)(entry))
         found.update({path: candidates[path] for path in hits})
-    return {
+    outermost = {
         path: module
         for path, module in found.items()
         if not any(path != other and path.startswith(other + ".") for other in found)
     }
+    for path in outermost:
+        taken = [node.path for node in description.children_of(path) if node.layer or node.wrappers]
+        taken += [saved for saved in description.saved if saved.startswith(f"{path}.")]
+        if taken:
+            problems.append(
+                f"modules_to_save: {path!r} cannot be trained whole, since {taken[:3]} carry another adapter; delete "
+                "that one first, or load this adapter onto a model of its own"
+            )
+    return outermost
 
 
 def near_targets(config: LoraConfig, description: Description) -> str:

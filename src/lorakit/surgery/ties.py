@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
@@ -15,9 +16,11 @@ from lorakit.surgery.paths import joined
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Set as AbstractSet
 
     from lorakit.config import LoraConfig
     from lorakit.surgery.describe import Description, Node
+    from lorakit.surgery.tokens import TokenSpec
 
 
 class Ties(NamedTuple):
@@ -39,8 +42,33 @@ class Ties(NamedTuple):
         return (self.source, *self.others)
 
 
-def find_ties(description: Description, config: LoraConfig) -> Ties | None:
-    """The embedding whose weight other modules share: the model's input embedding, or the first such one."""
+def find_ties(
+    description: Description, config: LoraConfig, whole: Collection[str], loose: list[str]
+) -> Ties | None:
+    """The embedding whose weight other modules share: the model's input embedding, or the first such one.
+
+    Args:
+        description: of the model.
+        config: says whether ties are to be kept.
+        whole: paths of modules trained whole. What is inside them has weights of its own there.
+        loose: is told of ties that should be kept and cannot be.
+    """
+    found = _find(description)
+    buried = [path for path in found if any(path.startswith(f"{outer}.") for outer in whole)]
+    if buried and config.ensure_weight_tying:
+        loose.append(
+            f"ensure_weight_tying: {buried} are parts of modules that are trained whole (modules_to_save), which "
+            "unties them; name them alone, or set ensure_weight_tying=False"
+        )
+    source, *others = found or [""]
+    others = [path for path in others if path not in buried]
+    return (
+        Ties(source, tuple(others), config.ensure_weight_tying) if others and source not in buried else None
+    )
+
+
+def _find(description: Description) -> list[str]:
+    """The paths of all modules that share the embedding's weight, first the embedding's; none if it is not shared."""
     modules = {path: node.module for path, node in description.nodes.items()}
     weights = {path: _weight(node) for path, node in description.nodes.items()}
     for path, wrapper in description.saved.items():
@@ -58,8 +86,8 @@ def find_ties(description: Description, config: LoraConfig) -> Ties | None:
         if named is not None and all(modules[path] is not named for path in embeddings):
             continue
         source = next((path for path in embeddings if modules[path] is named), embeddings[0])
-        return Ties(source, tuple(path for path in paths if path != source), config.ensure_weight_tying)
-    return None
+        return [source, *(path for path in paths if path != source)]
+    return []
 
 
 def _weight(node: Node) -> nn.Parameter | None:
@@ -75,8 +103,47 @@ def with_tied(ties: Ties | None, paths: Collection[str]) -> tuple[str, ...]:
     return tuple(path for path in ties.paths if path not in paths)
 
 
+def spelled_out(
+    config: LoraConfig, targets: Sequence[str], whole: Sequence[str], tokens: Sequence[TokenSpec]
+) -> LoraConfig:
+    """The config with everything named that ties add to it, so that it means the same where they are not seen.
+
+    PEFT finds tied modules by the last part of a few well-known names, or by whole paths; a file must mean the same
+    there.
+
+    Args:
+        config: with `target_modules` resolved.
+        targets: paths that get factors because of ties.
+        whole: paths that are trained whole because of ties.
+        tokens: what the tokens are.
+    """
+    names, saved = config.target_modules, config.modules_to_save
+    if targets:
+        paths = "|".join(map(re.escape, targets))
+        names = f"(?:{names})|{paths}" if isinstance(names, str) else {*(names or ()), *targets}
+    if whole:
+        saved = [*(saved or ()), *whole]
+    rows = config.trainable_token_indices
+    if isinstance(rows, dict):
+        rows = _spelled_out_rows(rows, {spec.path: spec for spec in tokens})
+    return replace(config, target_modules=names, modules_to_save=saved, trainable_token_indices=rows)
+
+
+def _spelled_out_rows(rows: dict[str, list[int]], specs: dict[str, TokenSpec]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for name, indices in rows.items():
+        paths = [path for path in specs if f".{path}".endswith(f".{name}")]
+        tied = any(specs[path].tied_to for path in paths)
+        found.update(dict.fromkeys(paths if tied else [name], indices))
+    sources = {spec.tied_to for spec in specs.values() if spec.tied_to in specs}
+    for source in sources:  # asked for only by way of a module that is tied to it
+        if source is not None and not any(f".{source}".endswith(f".{name}") for name in found):
+            found[source] = list(specs[source].indices)
+    return found
+
+
 def tie_notes(
-    ties: Ties | None, config: LoraConfig, targets: Collection[str], whole: Collection[str]
+    ties: Ties | None, config: LoraConfig, targets: AbstractSet[str], whole: Collection[str]
 ) -> list[str]:
     """What a user should know of tied weights that the config touches."""
     if ties is None:
@@ -86,7 +153,9 @@ def tie_notes(
             if asked
             else []
         )
-    touched = [path for path in ties.paths if path in targets or path in whole]
+    touched = [
+        path for path in ties.paths if path in whole or not targets.isdisjoint({path, f"{path}.weight"})
+    ]
     if ties.ensure:
         if touched or config.trainable_token_indices is not None:
             return []

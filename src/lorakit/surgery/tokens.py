@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lorakit.config import NearNames
+from lorakit.surgery.describe import is_read_by_parent
 from lorakit.weights import find_codec
 
 if TYPE_CHECKING:
@@ -58,26 +59,30 @@ def token_specs(
     problems: list[str],
     *,
     widen: bool,
+    from_file: bool,
 ) -> tuple[TokenSpec, ...]:
-    """A row for each module whose rows are replaced; what does not fit goes to `problems`.
+    """A row for each module whose rows are replaced, tied ones last; what does not fit goes to `problems`.
 
     Args:
         description: of the model.
         config: with `trainable_token_indices`.
         ties: of the model's embedding.
-        whole: paths of modules that are trained whole, which need no rows.
+        whole: paths of modules that are trained whole, or are inside such ones.
         problems: is added to.
         widen: keep rows of a half-precision weight in fp32.
+        from_file: whether the config describes rows that exist already.
     """
     asked = _asked(description, config, problems)
-    tied = _tied(asked, ties, problems)
+    tied = _tied(asked, ties, whole, problems, from_file=from_file)
+    for path, embedding in tied.items():
+        asked.setdefault(embedding, asked.get(path, ()))
     specs = []
     for path, indices in {**asked, **dict.fromkeys(tied, ())}.items():
         source = tied.get(path)
         node = description.nodes.get(path)
         if path in whole or node is None:
             problems.append(
-                f"trainable_token_indices: {path!r} is trained whole (modules_to_save); name it in one of the two"
+                f"trainable_token_indices: {path!r} is trained whole (modules_to_save); tokens need it as it is"
             )
             continue
         own = asked[source] if source is not None else indices
@@ -121,8 +126,15 @@ def _asked(description: Description, config: LoraConfig, problems: list[str]) ->
     return found
 
 
-def _tied(asked: Mapping[str, tuple[int, ...]], ties: Ties | None, problems: list[str]) -> dict[str, str]:
-    """The modules that take part in the rows of another one, with its path."""
+def _tied(
+    asked: Mapping[str, tuple[int, ...]],
+    ties: Ties | None,
+    whole: Collection[str],
+    problems: list[str],
+    *,
+    from_file: bool,
+) -> dict[str, str]:
+    """The modules that use the rows of the embedding that they are tied to, with its path; first those asked for."""
     if ties is None:
         return {}
     named = [path for path in ties.paths if path in asked]
@@ -135,16 +147,16 @@ def _tied(asked: Mapping[str, tuple[int, ...]], ties: Ties | None, problems: lis
                 "set ensure_weight_tying=False to give each its own"
             )
         return {}
-    if ties.source not in asked and not ties.ensure:
-        return {}
-    source = ties.source if ties.source in asked else named[0]
-    return {path: source for path in ties.paths if path != source}
+    if ties.source not in asked and (from_file or not ties.ensure):
+        return {}  # a file of PEFT's: it ties by way of the embedding alone
+    mine = [path for path in ties.others if path in asked or path not in whole]
+    return dict.fromkeys(sorted(mine, key=lambda path: path not in asked), ties.source)
 
 
 def _problem(node: Node, indices: tuple[int, ...]) -> str:
     """Why rows of a module cannot be replaced by themselves, or an empty text."""
     module = node.module
-    if not isinstance(module, (nn.Embedding, nn.Linear)):
+    if not isinstance(module, (nn.Embedding, nn.Linear)) or is_read_by_parent(module):
         return f"{type(module).__name__} has no rows of tokens; name an embedding or a linear head"
     if find_codec(module) is None:
         return "its weight is not a plain matrix of floating-point numbers"
