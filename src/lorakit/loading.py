@@ -205,7 +205,7 @@ def _put(model: nn.Module, plan: Plan, name: str, tensors: Mapping[str, Tensor])
     return registry
 
 
-def _plan_again(registry: AdapterRegistry, name: str) -> Plan:
+def _plan_again(registry: AdapterRegistry, name: str, tensors: Mapping[str, Tensor]) -> Plan:
     """The plan that puts an adapter of this model back."""
     plan = make_plan(registry.model, registry.configs[name], source="file", replacing=name)
     plan, _ = with_ties_as_found(without_absent_ties(plan, tensors), tensors, "the model")
