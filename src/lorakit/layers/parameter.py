@@ -48,11 +48,11 @@ class ParamWrapper(LoraLayer):
     def __init__(self, base_layer: nn.Module, codec: WeightCodec) -> None:
         super().__init__(base_layer, codec)
         assert isinstance(codec, ParameterCodec)
-        self.parameter_name = codec.attribute
         self.num_experts = max(self.layout.experts, 1)
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
         self._stacks = StackKeeper()
+        self.parameter_name = codec.attribute
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Whatever the module takes and gives, computed with the changed parameters."""
@@ -132,7 +132,7 @@ class ParamWrapper(LoraLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "base_layer" not in self.__dict__.get("_modules", ()) or not _is_open(name):
+            if "parameter_name" not in self.__dict__ or not _is_open(name):  # it is set when all else is
                 raise
             return self._of_module(name)
 
