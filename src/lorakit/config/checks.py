@@ -26,6 +26,7 @@ _PISSA_NITER = re.compile(r"pissa_niter_[1-9][0-9]{0,3}", re.ASCII)
 _LARGEST_INT = 2**31 - 1
 _LARGEST_FLOAT = 3.4e38  # what float32 can hold
 _MAX_DEPTH = 32
+_MOST_RANGES = 1000
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
@@ -196,6 +197,14 @@ def _saved_modules(where: str, value: object) -> Iterator[str]:
     yield from items(pattern("modules_to_save"), "a list of non-empty strings")(where, value)
 
 
+def _ranges(where: str, value: object) -> Iterator[str]:
+    if isinstance(value, (list, tuple)) and len(value) > _MOST_RANGES:
+        yield f"{where}: got {len(value)} ranges, at most {_MOST_RANGES} are read"
+        return
+    pair = a("a pair of layer indices [start, end]", _is_pair)
+    yield from items(pair, "a list of pairs [start, end]")(where, value)
+
+
 BASE: Mapping[str, Check] = {
     "task_type": optional(one_of(*TaskType.__members__)),
     "peft_type": optional(one_of(*PeftType.__members__)),
@@ -284,9 +293,7 @@ LORA: Mapping[str, Check] = {
     "use_qalora": flag,
     "qalora_group_size": rank,
     "monteclora_config": optional(json_dict),
-    "layer_replication": optional(
-        items(a("a pair of layer indices [start, end]", _is_pair), "a list of pairs [start, end]")
-    ),
+    "layer_replication": optional(_ranges),
     "runtime_config": group(LoraRuntimeConfig, {"ephemeral_gpu_offload": flag}),
     "lora_bias": flag,
     "target_parameters": optional(names),

@@ -77,9 +77,10 @@ def put(
             undo.callback(_forget, registry)
             _freeze(registry)
             set_registry(model, registry)
-        undo.callback(registry.discard, name)
         if plan.replication is not None:
+            undo.callback(registry.replicate, None)
             registry.replicate(plan.replication)
+        undo.callback(registry.discard, name)
         slots = _slots(registry, plan)
         _add_factors(registry, plan, name, factors)
         _add_rows(registry, plan, name, tensors)

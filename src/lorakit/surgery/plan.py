@@ -15,7 +15,7 @@ from lorakit.errors import PlanError
 from lorakit.layers import attention_parts
 from lorakit.surgery.describe import describe
 from lorakit.surgery.registry import find_registry
-from lorakit.surgery.replicate import Replication, plan_replication
+from lorakit.surgery.replicate import Replication, plan_replication, shown
 from lorakit.surgery.rows import Rules, module_rows, parameter_rows
 from lorakit.surgery.targets import near_targets, resolve_targets, trained_whole
 from lorakit.surgery.ties import Ties, find_ties, spelled_out, tie_notes, with_tied
@@ -205,10 +205,10 @@ def _replication(model: nn.Module, config: LoraConfig, problems: list[str]) -> R
     if registry is None or not registry.configs:
         return plan_replication(model, wanted, problems) if wanted else None
     if wanted != (() if here is None else here.ranges):
-        there = None if here is None else [list(pair) for pair in here.ranges]
+        there = () if here is None else here.ranges
         problems.append(
-            f"layer_replication: got {[list(pair) for pair in wanted] or None}, but the adapters on this model have "
-            f"{there}; adapters of one model share its layers, so unload() first, or use the same value"
+            f"layer_replication: got {shown(wanted)}, but the adapters on this model have {shown(there)}; adapters of "
+            "one model share its layers, so unload() first, or use the same value"
         )
     return None
 

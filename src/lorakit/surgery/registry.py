@@ -259,6 +259,8 @@ class AdapterRegistry:
         if name in self.merged:
             raise AdapterStateError(f"adapter {name!r} is merged; call unmerge_adapter() before deleting it")
         self.discard(name)
+        if not self.configs:
+            self.replicate(None)
         remaining = tuple(active for active in self.active if active != name)
         if remaining != self.active and not remaining and self.configs:
             remaining = (next(iter(self.configs)),)
@@ -286,8 +288,6 @@ class AdapterRegistry:
                 self.put(self.places.pop(path, ()), wrapper.original_module)
                 del self.saved[path]
         self._discard_slots(name)
-        if not self.configs:
-            self.replicate(None)
 
     def _discard_slots(self, name: str) -> None:
         for key, slot in list(self.slots.items()):
@@ -320,10 +320,10 @@ class AdapterRegistry:
     def replicate(self, replication: Replication | None) -> None:
         """Put a deeper list of layers in place, or the base's own back."""
         if self.replication is not None:
-            self.replication.undo(self.model)
+            self.replication.undo()
         self.replication = replication
         if replication is not None:
-            replication.install(self.model)
+            replication.install()
 
 
 @contextmanager
