@@ -20,7 +20,7 @@ from lorakit.errors import UnsupportedError
 from lorakit.layers.base import LoraLayer
 from lorakit.layers.chosen import Live
 from lorakit.layers.factored import Change, FactoredWeight
-from lorakit.layers.factors import plain_linear
+from lorakit.layers.factors import let_go, plain_linear
 from lorakit.layers.linear import Linear, held_by_modules
 from lorakit.layers.stacks import Arrangement, StackKeeper
 from lorakit.layers.standin import call_on_stand_in, stand_in
@@ -157,8 +157,7 @@ class ParamWrapper(LoraLayer):
 
     def _let_go(self, name: str) -> None:
         self._stacks.clear()
-        del self.lora_A[name]
-        del self.lora_B[name]
+        let_go(name, self.lora_A, self.lora_B)
 
     def _held(self, name: str) -> dict[str, tuple[str, nn.Parameter]]:
         return held_by_modules(self.lora_A, self.lora_B, name)
