@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 from tqdm.auto import tqdm
 
+from lorakit.combine import CombineOptions
 from lorakit.config import LoraConfig, check_adapter_name
 from lorakit.errors import AdapterStateError, ConfigError
 from lorakit.surgery import (
@@ -22,10 +23,13 @@ from lorakit.surgery import (
     unload,
 )
 from lorakit.surgery.targets import IMPLICIT_HEADS
+from lorakit.weighted import add_weighted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
+
+    from lorakit.weighted import CombineReport
 
 
 def prepare_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
@@ -58,7 +62,7 @@ def put_on(
     prepared = prepare_config(model, config)
     plan = make_plan(model, prepared, autocast_adapter_dtype=autocast_adapter_dtype)
     registry = attach(model, plan, name)
-    if not registry.active:
+    if len(registry.configs) == 1:
         registry.set_active([name], inference_mode=prepared.inference_mode)
     return registry
 
@@ -197,7 +201,7 @@ class LoraModel(nn.Module):
         self.registry.check_known(names)
         for name in names:
             for item in self.registry.tensors(name):
-                if item.tensor.is_floating_point():
+                if item.state_name and item.tensor.is_floating_point():
                     item.tensor.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -216,6 +220,73 @@ class LoraModel(nn.Module):
     def disable_adapter_layers(self) -> None:
         """Let the base model act alone: its output bit for bit, also while adapters are merged."""
         self.registry.set_enabled(enabled=False)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: Literal["total", "frequency"] = "total",
+        *,
+        rank: int | None = None,
+        energy: float | None = None,
+        t: float | None = None,
+        epsilon: float | None = None,
+        seed: int | None = None,
+    ) -> CombineReport:
+        """Make a new adapter, not active, out of several: their weighted sum or what a method makes of it.
+
+        The deltas are weighted by `weights`, whatever ranks, patterns and scalings the adapters have. Whole modules,
+        trained biases and token rows are combined as what they change. The factors are never multiplied out unless
+        the method is defined on elements of the delta.
+
+        Args:
+            adapters: names of those to combine.
+            weights: a finite number for each; negative ones subtract.
+            adapter_name: a free name.
+            combination_type: "sum" (exact; reduced with `rank` or `energy`), "cat" (exact, ranks add up), "svd" (the
+                best of its rank), "linear" (A's and B's are added apart: NOT the sum of the deltas), "ties", "ties_svd",
+                "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd", "magnitude_prune",
+                "magnitude_prune_svd", "della", "sce", "slerp".
+            svd_rank: rank of the result of methods that end in an SVD; default the largest of the adapters.
+            svd_clamp: quantile at which entries of the result are cut.
+            svd_full_matrices: accepted; it has no effect on the result.
+            svd_driver: of `torch.linalg.svd`, on CUDA.
+            density: share of the elements that pruning methods keep, in [0, 1].
+            majority_sign_method: how signs are elected, by "total" or "frequency".
+            rank: the same as `svd_rank`, also for "sum" and "slerp".
+            energy: keep the fewest ranks that hold this share of the energy.
+            t: where between two adapters "slerp" goes, in [0, 1].
+            epsilon: spread of the keep probabilities of "della".
+            seed: of random pruning; default torch's generator.
+
+        Returns:
+            For each weight the share of the energy that the result keeps, and its rank.
+
+        Raises:
+            AdapterNameError, ConfigError, UnsupportedError, NonFiniteError: nothing was changed.
+        """
+        if rank is not None and svd_rank is not None and rank != svd_rank:
+            raise ConfigError(f"rank={rank} and svd_rank={svd_rank} say different things; pass one of them")
+        options = CombineOptions(
+            density=density,
+            majority_sign_method=majority_sign_method,
+            rank=svd_rank if rank is None else rank,
+            svd_clamp=svd_clamp,
+            svd_full_matrices=svd_full_matrices,
+            svd_driver=svd_driver,
+            seed=seed,
+            energy=energy,
+            t=t,
+            epsilon=epsilon,
+        )
+        return add_weighted(self.registry, adapters, weights, adapter_name, combination_type, options)
 
     # ---- merging ------------------------------------------------------------------------------------
 

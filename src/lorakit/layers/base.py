@@ -17,6 +17,7 @@ from torch import nn
 
 from lorakit.errors import AdapterNameError, UnsupportedError
 from lorakit.layers.chosen import Live, Owner, chosen_by
+from lorakit.layers.factors import let_go
 from lorakit.layers.finite import merge_is_finite
 from lorakit.layers.merging import MergingLayer, as_tensor
 from lorakit.layers.tokens import TokenRows
@@ -175,9 +176,9 @@ class LoraLayer(MergingLayer):
         if name in self.r:
             if self.tied.pop(name, None) is None:
                 self._let_go(name)
-            del self.lora_dropout[name]
+            let_go(name, self.lora_dropout)
             for values in (self.r, self.lora_alpha, self.scaling, self.use_rslora, self.lora_bias):
-                del values[name]
+                values.pop(name, None)
         if self.token_adapter is not None:
             self.tied_rows.pop(name, None)
             self.token_adapter.remove(name)

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from lorakit.layers.base import LoraLayer
 from lorakit.layers.chosen import Live
-from lorakit.layers.factors import looking_conv, pointwise_conv
+from lorakit.layers.factors import let_go, looking_conv, pointwise_conv
 from lorakit.layers.hooks import add_to_output, inside, is_observed
 from lorakit.layers.linear import held_by_modules
 from lorakit.layouts import filled
@@ -138,8 +138,7 @@ class Conv(LoraLayer):
         self.lora_B[name] = pointwise_conv(B, bias, groups=self.layout.groups)
 
     def _let_go(self, name: str) -> None:
-        del self.lora_A[name]
-        del self.lora_B[name]
+        let_go(name, self.lora_A, self.lora_B)
 
     def _held(self, name: str) -> dict[str, tuple[str, nn.Parameter]]:
         return held_by_modules(self.lora_A, self.lora_B, name)

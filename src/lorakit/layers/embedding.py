@@ -10,6 +10,7 @@ from torch.nn.functional import embedding, linear
 
 from lorakit.layers.base import LoraLayer
 from lorakit.layers.chosen import Live
+from lorakit.layers.factors import let_go
 from lorakit.layers.hooks import add_to_output, inside
 from lorakit.layers.mixing import rows_by_sample
 from lorakit.layouts import filled
@@ -120,8 +121,7 @@ class Embedding(LoraLayer):
         self.lora_embedding_B[name] = nn.Parameter(B)
 
     def _let_go(self, name: str) -> None:
-        del self.lora_embedding_A[name]
-        del self.lora_embedding_B[name]
+        let_go(name, self.lora_embedding_A, self.lora_embedding_B)
 
     def _held(self, name: str) -> dict[str, tuple[str, nn.Parameter]]:
         return {

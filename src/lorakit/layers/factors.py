@@ -10,6 +10,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def let_go(name: str, *holders: nn.ModuleDict | nn.ParameterDict) -> None:
+    """Drop what is held under a name; an adapter that was put on only in part is not in all of them."""
+    for holder in holders:
+        if name in holder:
+            del holder[name]
+
+
 def plain_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     """An `nn.Linear` that takes these very tensors as its parameters.
 

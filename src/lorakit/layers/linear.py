@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lorakit.errors import UnsupportedError
 from lorakit.layers.base import LoraLayer
 from lorakit.layers.chosen import Live
-from lorakit.layers.factors import plain_linear
+from lorakit.layers.factors import let_go, plain_linear
 from lorakit.layers.hooks import is_observed, may_keep_output
 from lorakit.layers.mixing import BankKeeper, rows_by_sample
 from lorakit.layers.standin import stand_in
@@ -147,8 +147,7 @@ class Linear(LoraLayer):
 
     def _let_go(self, name: str) -> None:
         self._banks.clear()
-        del self.lora_A[name]
-        del self.lora_B[name]
+        let_go(name, self.lora_A, self.lora_B)
 
     def _held(self, name: str) -> dict[str, tuple[str, nn.Parameter]]:
         return held_by_modules(self.lora_A, self.lora_B, name)

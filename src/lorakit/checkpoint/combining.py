@@ -1,0 +1,261 @@
+"""Combining adapter files into one, without any model: `lorakit.combine`.
+
+The factors are combined weight by weight. Only what an adapter owns beside them (whole modules, biases, token rows) is a
+question of the base: it is combined as base + sum of weight · (own - base), which is the weighted sum itself where the
+weights sum to 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorakit.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, present
+from lorakit.checkpoint.keys import to_file_key
+from lorakit.checkpoint.sites import ROWS, Site, carries_parameters, owner_of, read_source
+from lorakit.checkpoint.writing import write_adapter
+from lorakit.combine import check_request, combine
+from lorakit.errors import AdapterError, ConfigError, UnsupportedError
+from lorakit.layouts import filled
+from lorakit.types import Factors
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from torch import Tensor
+
+    from lorakit.checkpoint.sites import Source
+    from lorakit.combine import CombineOptions
+    from lorakit.config import LoraConfig
+
+
+def combine_adapters(
+    paths: Sequence[str | os.PathLike[str]],
+    weights: Sequence[float],
+    output: str | os.PathLike[str],
+    method: str,
+    options: CombineOptions,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Write the combination of local adapter folders to a new one.
+
+    Raises:
+        ConfigError: the request is not sound, or the factors do not go together.
+        AdapterNotFoundError, AdapterFormatError, NonFiniteError: a folder cannot be read.
+        UnsupportedError: what they own beside factors cannot be combined without the base.
+        OSError: the disk refused. Nothing was written after any of these.
+    """
+    target = Path(output)
+    check_request(method, len(paths), weights, options)
+    if not overwrite and any(present(target, name) for name in (CONFIG_NAME, WEIGHTS_NAME)):
+        raise ConfigError(
+            f"{target}: an adapter is there already; choose another folder, or pass overwrite=True"
+        )
+    sources = [read_source(path) for path in paths]
+    numbers = [float(weight) for weight in weights]
+    combined = _combined_sites(sources, numbers, method, options)
+    rows = _combined_rows(sources, numbers)
+    rest = _combined_rest(sources, numbers)
+    tied = _tied_sites(sources)
+    config, ranks = _config(sources, combined, rows)
+    tensors: dict[str, Tensor] = {}
+    for path, site in combined.items():
+        if path not in tied:
+            tensors.update(_stored(path, site, ranks[owner_of(path)], biased=config.lora_bias))
+    for path, source in tied.items():
+        tensors[f"{path}.lora_A.weight"] = tensors[f"{source}.lora_embedding_B"].t().contiguous()
+        tensors[f"{path}.lora_B.weight"] = tensors[f"{source}.lora_embedding_A"].t().contiguous()
+    for path, tokens in rows.items():
+        tensors[path + ROWS] = torch.stack([tokens[token] for token in sorted(tokens)])
+    tensors.update(rest)
+    write_adapter(target, config.to_dict(), {to_file_key(name): tensor for name, tensor in tensors.items()})
+    return target
+
+
+# ---- combining ----------------------------------------------------------------------------------------
+
+
+def _combined_sites(
+    sources: Sequence[Source], weights: Sequence[float], method: str, options: CombineOptions
+) -> dict[str, Site]:
+    found = {}
+    for path in dict.fromkeys(path for source in sources for path in source.sites):
+        mine = [(s.sites[path], w) for s, w in zip(sources, weights, strict=True) if path in s.sites]
+        layout = mine[0][0].layout
+        if any(site.layout != layout or site.is_embedding != mine[0][0].is_embedding for site, _ in mine):
+            shapes = [(*site.layout.row, site.layout.out) for site, _ in mine]
+            raise ConfigError(f"{path}: the adapters are for weights of different shapes {shapes}")
+        if method == "slerp" and len(mine) < len(sources):
+            raise UnsupportedError(
+                f"{path}: slerp is between two deltas, and only one adapter is on this weight"
+            )
+        own = options
+        if options.rank is not None and layout.groups > 1:
+            own = replace(options, rank=max(1, options.rank // layout.groups))
+        try:
+            blocks = [
+                combine(parts, [w for _, w in mine], method, own).factors
+                for parts in zip(*(site.blocks for site, _ in mine), strict=True)
+            ]
+        except AdapterError as error:
+            error.args = (f"{path}: {error}", *error.args[1:])
+            raise
+        found[path] = Site(layout, tuple(blocks), mine[0][0].is_embedding)
+    return found
+
+
+def _combined_rows(sources: Sequence[Source], weights: Sequence[float]) -> dict[str, dict[int, Tensor]]:
+    found: dict[str, dict[int, Tensor]] = {}
+    for module in dict.fromkeys(path for source in sources for path in source.rows):
+        tokens = dict.fromkeys(t for source in sources for t in source.rows.get(module, ()))
+        for token in tokens:
+            own = [
+                (source.rows[module][token], weight)
+                for source, weight in zip(sources, weights, strict=True)
+                if token in source.rows.get(module, ())
+            ]
+            found.setdefault(module, {})[token] = _affine(own, f"token {token} of {module}")
+    return found
+
+
+def _combined_rest(sources: Sequence[Source], weights: Sequence[float]) -> dict[str, Tensor]:
+    names = dict.fromkeys(name for source in sources for name in source.rest)
+    return {
+        name: _affine(
+            [(s.rest[name], w) for s, w in zip(sources, weights, strict=True) if name in s.rest], name
+        )
+        for name in names
+    }
+
+
+def _affine(own: Sequence[tuple[Tensor, float]], what: str) -> Tensor:
+    """The weighted sum of whole tensors, whose weights must sum to 1: then the base has no part in it."""
+    total = sum(weight for _, weight in own)
+    if not math.isclose(total, 1.0, abs_tol=1e-6):
+        raise UnsupportedError(
+            f"{what} is held whole by {len(own)} of the adapters, whose weights sum to {total:g}: what that makes of it "
+            "depends on the base. Give those weights that sum to 1, or load the adapters on a model and call "
+            "add_weighted_adapter()"
+        )
+    if len({tuple(tensor.shape) for tensor, _ in own}) > 1:
+        raise ConfigError(f"{what}: its shapes differ, {[tuple(tensor.shape) for tensor, _ in own]}")
+    wide = torch.promote_types(own[0][0].dtype, torch.float32)
+    result = torch.zeros(own[0][0].shape, dtype=wide)
+    for tensor, weight in own:
+        result += tensor.to(wide) * weight
+    return result.to(own[0][0].dtype)
+
+
+def _tied_sites(sources: Sequence[Source]) -> dict[str, str]:
+    """Heads whose factors are those of the embedding, transposed, in every adapter that has them; with that one."""
+    if not all(source.config.ensure_weight_tying for source in sources):
+        return {}
+    found = {}
+    for path in dict.fromkeys(path for source in sources for path in source.sites):
+        for other in dict.fromkeys(path for source in sources for path in source.sites):
+            pairs = [(s.sites.get(path), s.sites.get(other)) for s in sources]
+            if all((a is None) == (b is None) and (a is None or _is_transposed(a, b)) for a, b in pairs):
+                found[path] = other
+    return found
+
+
+def _is_transposed(head: Site, embedding: Site | None) -> bool:
+    if embedding is None or not embedding.is_embedding or head.is_embedding:
+        return False
+    (a,), (b,) = head.blocks, embedding.blocks
+    return torch.equal(a.A, b.B.t()) and torch.equal(a.B, b.A.t())
+
+
+# ---- writing ------------------------------------------------------------------------------------------
+
+
+def _config(
+    sources: Sequence[Source], combined: Mapping[str, Site], rows: Mapping[str, Mapping[int, Tensor]]
+) -> tuple[LoraConfig, dict[str, int]]:
+    """A config for exactly the combined tensors, and the rank for each module that it names."""
+    configs = [source.config for source in sources]
+    parameters = {tuple(sorted(config.target_parameters or ())) for config in configs}
+    if len(parameters) > 1:
+        raise UnsupportedError(
+            "the adapters have different target_parameters, and a file does not say which of its tensors is which; "
+            "load the adapters on a model and call add_weighted_adapter()"
+        )
+    if len({str(config.layer_replication) for config in configs}) > 1:
+        raise UnsupportedError("the adapters have different layer_replication: they are for different models")
+    ranks: dict[str, int] = {}
+    for path, site in combined.items():
+        rank = max(block.rank for block in site.blocks) * site.layout.groups
+        ranks[owner_of(path)] = max(rank, ranks.get(owner_of(path), 0))
+    of_parameters = [ranks[owner] for owner in ranks if carries_parameters(configs[0], owner)]
+    if of_parameters:  # patterns could not tell parameters apart when the result is read
+        ranks.update({owner: max(ranks.values()) for owner in ranks})
+    r = Counter(ranks.values()).most_common(1)[0][0] if ranks else configs[0].r
+    patterns = {"^" + path.replace(".", r"\."): rank for path, rank in ranks.items() if rank != r}
+    first = configs[0]
+    config = replace(
+        first,
+        r=r,
+        lora_alpha=r,
+        rank_pattern=patterns,
+        alpha_pattern=dict(patterns),
+        use_rslora=False,
+        lora_bias=any(block.bias is not None for site in combined.values() for block in site.blocks),
+        bias=next((v for v in ("all", "lora_only") if v in [c.bias for c in configs]), "none"),
+        modules_to_save=_union(config.modules_to_save for config in configs),
+        trainable_token_indices={path: sorted(tokens) for path, tokens in rows.items()} or None,
+        ensure_weight_tying=all(config.ensure_weight_tying for config in configs),
+        init_lora_weights=True,
+        inference_mode=True,
+        extra={},
+    )
+    if not all(_selects_alike(first, other) for other in configs):
+        modules = {owner for owner in ranks if not carries_parameters(first, owner)}
+        config = replace(
+            config,
+            target_modules=modules,
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+        )
+    return config, ranks
+
+
+def _selects_alike(one: LoraConfig, other: LoraConfig) -> bool:
+    fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+    return all(getattr(one, name) == getattr(other, name) for name in fields)
+
+
+def _union(lists: Iterable[list[str] | None]) -> list[str] | None:
+    return list(dict.fromkeys(name for names in lists for name in names or ())) or None
+
+
+def _stored(path: str, site: Site, rank: int, *, biased: bool) -> dict[str, Tensor]:
+    """The tensors of a site under their names, with a rank that may be larger than the factors' own.
+
+    Raises:
+        UnsupportedError: there are biases of B, and this weight has no place for one.
+    """
+    if biased and (site.is_embedding or site.layout.experts):
+        raise UnsupportedError(
+            f"{path}: some of the adapters have lora_bias=True, and this weight has no place for such a bias; combine "
+            "adapters that are on the same kinds of layers"
+        )
+    own = site.layout.block_rank(rank)
+    blocks = [
+        Factors(filled(block.A, own, dim=0), filled(block.B, own, dim=1), 1.0, block.bias)
+        for block in site.blocks
+    ]
+    A, B, bias = site.layout.join(blocks)
+    if bias is None and biased:
+        bias = B.new_zeros(B.shape[0])
+    if site.is_embedding:
+        return {f"{path}.lora_embedding_A": A, f"{path}.lora_embedding_B": B}
+    found = {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B}
+    return found if bias is None else {**found, f"{path}.lora_B.bias": bias}

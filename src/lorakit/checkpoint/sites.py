@@ -1,0 +1,177 @@
+"""The factors of an adapter file, weight by weight, without any model.
+
+What a file holds says enough: the shapes of the factors tell a matrix from a convolution, and the config tells the rank.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from lorakit.checkpoint.keys import from_file_key
+from lorakit.checkpoint.reading import open_adapter
+from lorakit.config import REQUIRED_KEYS, LoraConfig, Matcher, check_supported
+from lorakit.errors import AdapterFormatError, UnsupportedError, bullet_list
+from lorakit.layouts import Layout, matrix_layout
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from lorakit.types import Factors
+
+_FACTOR = re.compile(
+    r"(?P<site>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_[AB])"
+)
+ROWS = ".token_adapter.trainable_tokens_delta"
+_PARTS = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_B.bias": "bias",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+}
+
+
+class Site(NamedTuple):
+    """The factors of one adapter on one weight.
+
+    Attributes:
+        layout: of the factors.
+        blocks: one pair for each block of the layout.
+        is_embedding: whether they are named as those of an embedding.
+    """
+
+    layout: Layout
+    blocks: tuple[Factors, ...]
+    is_embedding: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """One adapter, read.
+
+    Attributes:
+        where: its folder, for messages.
+        config: its config.
+        sites: its factors by the path in the file.
+        rows: its token rows by module, as token to row.
+        rest: its other tensors by name.
+    """
+
+    where: str
+    config: LoraConfig
+    sites: dict[str, Site]
+    rows: dict[str, dict[int, Tensor]]
+    rest: dict[str, Tensor]
+
+
+def read_source(path: str | os.PathLike[str]) -> Source:
+    """An adapter folder, with its factors in blocks.
+
+    Raises:
+        AdapterNotFoundError, AdapterFormatError, ConfigError, NonFiniteError: it cannot be read.
+        UnsupportedError: its config asks for what lorakit cannot do.
+    """
+    file = open_adapter(path)
+    where = str(file.folder)
+    config = LoraConfig.from_dict(file.config, where=where, required=REQUIRED_KEYS)
+    check_supported(config, loading=True)
+    tensors = {from_file_key(key): tensor for key, tensor in file.load().items()}
+    factors: dict[str, dict[str, Tensor]] = {}
+    rows: dict[str, dict[int, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    embeddings = set()
+    for name, tensor in tensors.items():
+        found = _FACTOR.fullmatch(name)
+        if found is not None:
+            factors.setdefault(found["site"], {})[_PARTS[found["part"]]] = tensor
+            embeddings |= {found["site"]} if "embedding" in found["part"] else set()
+        elif name.endswith(ROWS):
+            module = name.removesuffix(ROWS)
+            tokens = _tokens_of(config, module, len(tensor), where)
+            rows[module] = dict(zip(tokens, tensor, strict=True))
+        else:
+            rest[name] = tensor
+    sites = _sites(factors, embeddings, config, where)
+    return Source(where, config, sites, rows, rest)
+
+
+def _sites(
+    factors: Mapping[str, Mapping[str, Tensor]], embeddings: set[str], config: LoraConfig, where: str
+) -> dict[str, Site]:
+    matcher = Matcher(replace(config, target_modules=None))
+    problems: list[str] = []
+    found = {}
+    for path, parts in factors.items():
+        if not {"A", "B"} <= parts.keys():
+            problems.append(f"{path}: has only {sorted(parts)} of A and B")
+            continue
+        try:
+            found[path] = _site(path, parts, config, matcher, is_embedding=path in embeddings)
+        except (AdapterFormatError, UnsupportedError) as error:
+            problems.append(f"{path}: {error}")
+    if problems:
+        raise AdapterFormatError(bullet_list(f"{where}: its factors cannot be read", problems))
+    return found
+
+
+def _site(
+    path: str, parts: Mapping[str, Tensor], config: LoraConfig, matcher: Matcher, *, is_embedding: bool
+) -> Site:
+    A, B = parts["A"], parts["B"]
+    owner = owner_of(path)
+    is_parameter = carries_parameters(config, owner)
+    r, alpha = (config.r, config.lora_alpha) if is_parameter else (matcher.rank(owner), matcher.alpha(owner))
+    scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+    experts, rest = divmod(A.shape[0], r)
+    if rest or (experts != 1 and not is_parameter):
+        raise AdapterFormatError(f"A has {A.shape[0]} rows, the config says rank {r}")
+    if is_parameter and {**config.rank_pattern, **config.alpha_pattern}:
+        raise UnsupportedError(
+            "rank_pattern or alpha_pattern beside target_parameters: a file does not say which parameter is which; "
+            "load the adapters on a model and call add_weighted_adapter()"
+        )
+    layout = _layout(A, B, experts if is_parameter else 0)
+    return Site(layout, layout.split(A, B, scaling, parts.get("bias")), is_embedding)
+
+
+def _layout(A: Tensor, B: Tensor, experts: int) -> Layout:
+    if A.ndim > 2:
+        groups, rest = divmod(A.shape[0], B.shape[1])
+        if rest or B.shape[0] % groups:
+            raise AdapterFormatError(f"A of {tuple(A.shape)} and B of {tuple(B.shape)} do not go together")
+        return Layout(B.shape[0], tuple(A.shape[1:]), groups=groups)
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+        raise AdapterFormatError(f"A of {tuple(A.shape)} and B of {tuple(B.shape)} do not go together")
+    if experts > 1:
+        return Layout(B.shape[0], (A.shape[1],), experts=experts)
+    return matrix_layout(B.shape[0], A.shape[1])
+
+
+def owner_of(path: str) -> str:
+    """The module that a config names for the factors at a path: what is inside a wrapped one goes with it."""
+    return path.partition(".base_layer")[0]
+
+
+def carries_parameters(config: LoraConfig, module: str) -> bool:
+    """Whether the factors on a module are those of its bare parameters (`target_parameters`)."""
+    owners = [name.rpartition(".")[0] for name in config.target_parameters or ()]
+    return any(module == owner or module.endswith(f".{owner}") for owner in owners if owner)
+
+
+def _tokens_of(config: LoraConfig, module: str, count: int, where: str) -> list[int]:
+    wanted = config.trainable_token_indices
+    if isinstance(wanted, dict):
+        found = next((v for name, v in wanted.items() if f".{module}".endswith(f".{name}")), None)
+    else:
+        found = wanted
+    if found is None or len(found) != count:
+        raise AdapterFormatError(
+            f"{where}: {count} token rows of {module}, and the config names {0 if found is None else len(found)}"
+        )
+    return list(found)
