@@ -42,6 +42,8 @@ if TYPE_CHECKING:
         PlanError,
         UnsupportedError,
     )
+    from lorakit.helpers import check_if_peft_model, rescale_adapter_scale
+    from lorakit.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
     from lorakit.layers import LoraLayer, ModulesToSaveWrapper
     from lorakit.loading import LoadReport
     from lorakit.specs import AdapterSpec
@@ -95,6 +97,8 @@ _HOMES = {
         "PlanError",
         "UnsupportedError",
     ),
+    "helpers": ("check_if_peft_model", "rescale_adapter_scale"),
+    "hotswap": ("hotswap_adapter", "prepare_model_for_compiled_hotswap"),
     "layers": ("LoraLayer", "ModulesToSaveWrapper"),
     "loading": ("LoadReport",),
     "state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),

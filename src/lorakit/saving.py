@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lorakit.checkpoint.keys import to_file_key
 from lorakit.checkpoint.writing import write_adapter
 from lorakit.fitting import embedding_weights
+from lorakit.padding import file_entries
 from lorakit.surgery import describe
 from lorakit.surgery.paths import joined
 
@@ -40,6 +41,7 @@ def save_adapters(
 
     Raises:
         AdapterNameError: a name is unknown.
+        AdapterStateError: numbers were written where a hot-swapped adapter has none; see `lorakit.padding`.
         NonFiniteError, AdapterFormatError: a tensor cannot be saved; files that were there are untouched.
         OSError: the disk refused; files that were there are untouched.
     """
@@ -47,7 +49,7 @@ def save_adapters(
     registry.check_known(chosen)
     written: list[Path] = []
     for name in chosen:
-        tensors = {to_file_key(item.file_name): item.tensor.detach() for item in registry.tensors(name)}
+        tensors = {to_file_key(item.file_name): item.in_file() for item in file_entries(registry, name)}
         if with_embeddings:
             tensors |= _embeddings(registry)
         config = stored_config(registry, name)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lorakit.errors import AdapterNameError, AdapterStateError, KeyMismatchError, NonFiniteError
+from lorakit.padding import file_entries
 from lorakit.surgery import find_registry
 from lorakit.tuner import LoraModel
 
@@ -67,19 +68,20 @@ def get_peft_model_state_dict(
 
     Raises:
         AdapterNameError: no such adapter.
+        AdapterStateError: numbers were written where a hot-swapped adapter has none; see `lorakit.padding`.
         KeyMismatchError: `state_dict` lacks some of the adapter's tensors.
     """
     registry, prefix = registry_of(model)
-    stored = list(registry.tensors(adapter_name))
+    stored = file_entries(registry, adapter_name)
     if state_dict is None:
-        return {prefix + item.file_name: item.tensor.detach() for item in stored}
+        return {prefix + item.file_name: item.in_file() for item in stored}
     own = [item for item in stored if item.state_name]
     missing = [prefix + item.state_name for item in own if prefix + item.state_name not in state_dict]
     if missing:
         raise KeyMismatchError("state_dict", missing=missing)
-    found = {prefix + item.file_name: state_dict[prefix + item.state_name] for item in own}
+    found = {prefix + item.file_name: item.in_file(state_dict[prefix + item.state_name]) for item in own}
     # what a tied module shows is another tensor of the adapter, transposed
-    return found | {prefix + item.file_name: item.tensor.detach() for item in stored if not item.state_name}
+    return found | {prefix + item.file_name: item.in_file() for item in stored if not item.state_name}
 
 
 def set_peft_model_state_dict(
@@ -104,8 +106,8 @@ def set_peft_model_state_dict(
         NonFiniteError: a value is NaN or infinite. Nothing was changed after any of these.
     """
     registry, prefix = registry_of(model)
-    stored = list(registry.tensors(adapter_name))
-    own = {prefix + item.file_name: item.tensor for item in stored if item.state_name}
+    stored = file_entries(registry, adapter_name)
+    own = {prefix + item.file_name: item for item in stored if item.state_name}
     tied = {prefix + item.file_name for item in stored if not item.state_name}
     if adapter_name in registry.merged:
         raise AdapterStateError(
@@ -115,9 +117,9 @@ def set_peft_model_state_dict(
     missing = [key for key in own if key not in given]
     unexpected = [key for key in given if key not in own and key not in tied]
     wrong = [
-        f"{key}: found {tuple(given[key].shape)}, expected {tuple(tensor.shape)}"
-        for key, tensor in own.items()
-        if key in given and given[key].shape != tensor.shape
+        f"{key}: found {tuple(given[key].shape)}, expected {item.shape}"
+        for key, item in own.items()
+        if key in given and tuple(given[key].shape) != item.shape
     ]
     if wrong or (strict and (missing or unexpected)):
         raise KeyMismatchError("state dict", missing=missing, unexpected=unexpected, mismatched=wrong)
@@ -125,7 +127,7 @@ def set_peft_model_state_dict(
     if bad:
         raise NonFiniteError(f"these tensors hold NaN or infinity: {bad}; nothing was changed")
     with torch.no_grad():
-        for key, tensor in own.items():
+        for key, item in own.items():
             if key in given:
-                tensor.copy_(given[key])
+                item.tensor.copy_(item.in_model(given[key]))
     return IncompatibleKeys(missing, unexpected)

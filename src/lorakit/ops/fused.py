@@ -184,10 +184,12 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _call(x: Tensor, terms: Sequence[Term], *, transposed: bool) -> _Call:
     dropping = [term for term in terms if term.dropout]
     seeds = draw_seeds(len(terms)) if dropping else [0] * len(terms)
+    # `addmm` takes its alpha as a number; a tensor that cannot be read for nothing was composed (`must_compose`)
+    scalings = [float(term.scaling) for term in terms]
     parts = tuple(
         [
-            _Part(t.scaling, t.scaling / (1.0 - t.dropout), t.dropout, s)
-            for t, s in zip(terms, seeds, strict=True)
+            _Part(scaling, scaling / (1.0 - t.dropout), t.dropout, seed)
+            for t, scaling, seed in zip(terms, scalings, seeds, strict=True)
         ]
     )
     result = result_dtype(x)

@@ -6,7 +6,6 @@ thing is added: a CPU that has no instructions for a half precision computes in 
 
 from __future__ import annotations
 
-from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -26,29 +25,40 @@ class Term(NamedTuple):
         A: (r, in), any floating dtype.
         B: (out, r), the dtype and device of A.
         bias: (out,) or None, the bias of B (`lora_bias=True`).
-        scaling: the factor on the whole term.
+        scaling: the factor on the whole term: a number, or a 0-d tensor of one that changes under a compiled graph.
         dropout: probability of zeroing an element of x, the rest being scaled by `1 / (1 - dropout)`; 0.0 in eval mode.
     """
 
     A: Tensor
     B: Tensor
     bias: Tensor | None
-    scaling: float
+    scaling: float | Tensor
     dropout: float
 
 
-@cache
 def emulated_dtypes() -> frozenset[torch.dtype]:
     """The half precisions that this CPU multiplies without instructions of its own.
 
     There a bfloat16 product runs 9 times (`x @ W.T`) to 80 times (`dy @ W`) slower than the float32 one (1024 cubed,
     AMD EPYC with AVX2, torch 2.13).
     """
-    native = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return frozenset(dtype for dtype, supported in native.items() if not supported())
+    return _EMULATED
+
+
+def _has_instructions(query: str) -> bool:
+    supported = getattr(torch.ops.mkldnn, query, None)
+    return supported is None or bool(supported())
+
+
+# Asked once, at import (0.3 ms): a compiled graph may read a constant, but warns of a cached function.
+_EMULATED = frozenset(
+    dtype
+    for dtype, query in (
+        (torch.bfloat16, "_is_mkldnn_bf16_supported"),
+        (torch.float16, "_is_mkldnn_fp16_supported"),
+    )
+    if not _has_instructions(query)
+)
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
