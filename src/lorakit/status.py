@@ -83,7 +83,9 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     rows = []
     names = registry.names()
     for path, layer in registry.layers.items():
-        parameters = {name: [item.tensor for item in layer.tensors(name)] for name in layer.adapters}
+        tensors = {name: [item.tensor for item in layer.tensors(name)] for name in layer.adapters}
+        # what a tied layer uses may be another one's
+        parameters = {name: group for name, group in tensors.items() if group}
         rows.append(
             TunerLayerStatus(
                 name=below + names.layer(path),

@@ -1,8 +1,8 @@
 """Replicated layers have the names, the numbers and the files of PEFT's.
 
 PEFT finds the layers of Llama-like models, of BERT, and of bare models that keep them in `h`; lorakit also those of
-GPT2LMHeadModel, FalconForCausalLM and others (tests/unit/surgery/test_replication.py). PEFT merges (0.005 off here, without a word) into
-layers whose copies share the weight; lorakit refuses.
+GPT2LMHeadModel, FalconForCausalLM and others (tests/unit/surgery/test_replication.py). PEFT merges into layers whose
+copies share the weight (0.005 off on these logits, without a word); lorakit refuses.
 """
 
 from __future__ import annotations

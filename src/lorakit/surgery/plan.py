@@ -19,7 +19,7 @@ from lorakit.surgery.replicate import Replication, plan_replication, shown
 from lorakit.surgery.rows import Rules, module_rows, parameter_rows
 from lorakit.surgery.targets import near_targets, resolve_targets, trained_whole
 from lorakit.surgery.ties import Ties, find_ties, spelled_out, tie_notes, with_tied
-from lorakit.surgery.tokens import TokenSpec, token_specs
+from lorakit.surgery.tokens import TokenSpec, token_notes, token_specs
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -164,7 +164,7 @@ def make_plan(
     targets = {spec.path for spec in specs}
     notes = loose if source == "file" else _notes(specs, description, resolved)
     if source == "user":
-        notes += tie_notes(ties, resolved, targets, whole)
+        notes += tie_notes(ties, resolved, targets, whole) + token_notes(tokens, description)
         resolved = spelled_out(resolved, more, more_whole, tokens)
     resolved = replace(resolved, fan_in_fan_out=_stored_in_out(specs))
     biases = _trained_biases(description, resolved, targets, inside)

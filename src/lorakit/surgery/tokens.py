@@ -13,7 +13,7 @@ from lorakit.surgery.describe import is_read_by_parent
 from lorakit.weights import find_codec
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     from lorakit.config import LoraConfig
     from lorakit.surgery.describe import Description, Node
@@ -98,10 +98,24 @@ def token_specs(
     return tuple(sorted(specs, key=lambda spec: spec.tied_to is not None))
 
 
+def token_notes(specs: Sequence[TokenSpec], description: Description) -> list[str]:
+    """Tokens whose rows no gradient reaches: an embedding gives its padding token none."""
+    notes = []
+    for spec in specs:
+        module = description.nodes[spec.path].module
+        padding = getattr(module, "padding_idx", None)
+        tied = [description.nodes[other.path].module for other in specs if other.tied_to == spec.path]
+        if padding in spec.indices and not any(isinstance(other, nn.Linear) for other in tied):
+            notes.append(
+                f"{spec.path}: the row of token {padding} gets no gradient, since it is the padding token"
+            )
+    return notes
+
+
 def _asked(description: Description, config: LoraConfig, problems: list[str]) -> dict[str, tuple[int, ...]]:
     """The tokens by path, as the config names them."""
     wanted = config.trainable_token_indices
-    if not wanted:
+    if wanted is None:
         return {}
     paths = [path for path in (*description.nodes, *description.saved) if path]
     if not isinstance(wanted, dict):
