@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ("train_step", "one_layer")
+BENCHMARKS = ("train_step", "one_layer", "mixed_batch")
 
 
 def main() -> None:
