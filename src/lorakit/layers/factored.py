@@ -216,8 +216,9 @@ def _refused(name: str) -> Callable[..., Any]:
 
 
 _OPERATORS = (
-    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "floordiv", "mod", "pow", "rpow"),
-    *("neg", "pos", "abs", "lt", "le", "gt", "ge", "bool", "float", "int", "array"),
+    *("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "pow", "rpow"),
+    *("floordiv", "rfloordiv", "mod", "rmod", "neg", "pos", "abs"),
+    *("lt", "le", "gt", "ge", "eq", "ne", "contains", "bool", "float", "int", "array"),
 )
 for _name in _OPERATORS:
     setattr(FactoredWeight, f"__{_name}__", _operator(f"__{_name}__"))

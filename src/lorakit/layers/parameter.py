@@ -61,8 +61,7 @@ class ParamWrapper(LoraLayer):
         read = {name: child.stand_in() for name, child in _children_read(module)}
         if not changed and not read:
             return module(*args, **kwargs)
-        if torch.compiler.is_compiling() or "forward" in module.__dict__:
-            # a compiler takes tensors alone, and a forward that was put onto the object knows that object alone
+        if torch.compiler.is_compiling() or _is_bound(module):
             dense = {name: weight.dense() for name, weight in changed.items()}
             for name, child in read.items():
                 dense |= {
@@ -150,6 +149,10 @@ class ParamWrapper(LoraLayer):
             return getattr(stand_in(module, values), name)
         return found
 
+    def extra_repr(self) -> str:
+        """Which parameter it is, since several wrappers may be nested."""
+        return f"parameter_name={self.parameter_name!r}"
+
     def _hold(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
         assert bias is None, "the planner refuses lora_bias on a parameter"
         self.lora_A[name] = plain_linear(A)
@@ -166,6 +169,14 @@ class ParamWrapper(LoraLayer):
 def _is_open(name: str) -> bool:
     """Whether others may ask a wrapper for what its module calls so; torch's encoder layers ask for a private name."""
     return not name.startswith("_") or name == "_qkv_same_embed_dim"
+
+
+def _is_bound(module: nn.Module) -> bool:
+    """Whether calling the module runs something that knows this very object, so that no other can stand in for it.
+
+    So do a `forward` that was put onto the object (accelerate), and `module.compile()`.
+    """
+    return "forward" in module.__dict__ or module.__dict__.get("_compiled_call_impl") is not None
 
 
 def _is_read(module: nn.Module, child: str) -> bool:

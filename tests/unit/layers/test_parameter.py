@@ -457,6 +457,31 @@ def test_a_forward_put_onto_the_module_runs():
     before.assert_same(model)
 
 
+@torch.no_grad()  # torch warns of a weight that is no leaf
+def test_a_module_that_was_compiled_in_place_computes_with_its_adapters():
+    model, wanted = adapted("d"), alone("d").merge_and_unload()(x())
+    experts = model.base_model.model.experts.get_base_layer()
+    calls = []
+
+    def backend(graph, _):
+        calls.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    experts.compile(backend=backend)
+    close(model(x()), wanted)
+    assert calls
+    with model.disable_adapter():
+        close(model(x()), build()(x()))
+    torch._dynamo.reset()
+
+
+def test_it_shows_its_parameter():
+    text = repr(adapted("c"))
+    assert text.count("lora.ParamWrapper(") == 2
+    assert text.index("parameter_name='down'") < text.index("parameter_name='mix'")
+
+
 def test_others_read_the_parameter_as_it_acts():
     model = adapted("d")
     merged = alone("d").merge_and_unload()
