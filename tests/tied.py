@@ -107,7 +107,7 @@ def build(kind, tie, dtype=torch.float32):
                 if parameter.ndim == 1 and name.endswith("bias"):
                     parameter.normal_(std=0.1)
                 if any(path in name for path in KINDS[kind].tied):
-                    parameter.normal_()
+                    parameter.normal_(std=0.3)
         _BUILT[kind, tie] = model.eval()
     return copy.deepcopy(_BUILT[kind, tie]).to(dtype)
 

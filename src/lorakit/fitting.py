@@ -30,7 +30,10 @@ if TYPE_CHECKING:
 
 def file_keys(file: AdapterFile, key_mapping: Mapping[str, str] | None, plan: Plan) -> dict[str, str]:
     """The file's keys by the name that they have in the model."""
-    found = {from_file_key(key): key for key in file.tensors}
+    # PEFT calls an embedding with token rows the base of those; here it is that of the one layer around it
+    found = {
+        from_file_key(key).replace(".token_adapter.base_layer.", ".base_layer."): key for key in file.tensors
+    }
     names = {new: found[old] for old, new in apply_key_mapping(found, key_mapping or {}).items()}
     # PEFT writes each bias of a wholly trained module twice more under bias="all"; they say nothing new.
     doubles = tuple(
@@ -41,7 +44,10 @@ def file_keys(file: AdapterFile, key_mapping: Mapping[str, str] | None, plan: Pl
 
 def with_base_weights(plan: Plan, keys: Mapping[str, str]) -> Plan:
     """Let the file replace the input and output embeddings, and nothing else of the base."""
-    return replace(plan, base_weights=tuple(_embeddings_in(plan, keys).values()))
+    names: dict[int, str] = {}  # a tied one has several
+    for name in _embeddings_in(plan, keys).values():
+        names.setdefault(id(plan.base_parameter(name)), name)
+    return replace(plan, base_weights=tuple(names.values()))
 
 
 def without_base_copies(
@@ -212,17 +218,21 @@ def with_ties_as_found(
     """The plan with only those modules tied whose tensors are the same, and these with all that ties determine.
 
     Raises:
-        AdapterFormatError: one bias of the base is there twice, with different numbers.
+        AdapterFormatError: one parameter of the base is there twice, with different numbers.
     """
     if not tied_names(plan):
         return plan, dict(tensors)
     parted = _parted(plan, tensors)
-    biases = sorted(name for name, same in parted.items() if same.source in _bias_names(plan))
-    if biases:
-        problems = [f"{to_file_key(name)} is not {to_file_key(parted[name].source)}" for name in biases]
-        raise AdapterFormatError(
-            bullet_list(f"{where}: one bias of the model, but two in the file", problems)
-        )
+    names = names_in_file(plan)
+    replaced = {names.parameter(name) for name in (*plan.biases, *plan.base_weights)}
+    problems = [
+        f"{to_file_key(name)} is not {to_file_key(same.source)}"
+        for name, same in parted.items()
+        if same.source in replaced
+    ]
+    if problems:
+        what = "one parameter of the model, but two in the file"
+        raise AdapterFormatError(bullet_list(f"{where}: {what}", problems))
     paths = dict.fromkeys(same.path for same in parted.values())
     notes = [
         f"{path}: is tied in this model, but was trained apart; it is loaded so, whatever ensure_weight_tying says"
@@ -234,11 +244,6 @@ def with_ties_as_found(
         if same.source in tensors and name in expected:
             given.setdefault(name, _seen(tensors[same.source], same))
     return plan, given
-
-
-def _bias_names(plan: Plan) -> set[str]:
-    names = names_in_file(plan)
-    return {names.parameter(name) for name in plan.biases}
 
 
 def _hint(plan: Plan, missing: list[str], unexpected: list[str], wrong: list[str]) -> str:

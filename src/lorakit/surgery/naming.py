@@ -117,7 +117,7 @@ def tied_names(plan: Plan) -> dict[str, SameAs]:
     """The tensors of a file that others of it determine, so that it need not have them.
 
     Beside the second halves of what `expected_tensors` says is there twice, these are tensors that PEFT may write
-    twice: rows of tied tokens, and a trained bias that several modules share.
+    twice: rows of tied tokens, and a bias or an embedding that several modules share.
     """
     found: dict[str, SameAs] = {}
     names = names_in_file(plan)
@@ -137,17 +137,18 @@ def tied_names(plan: Plan) -> dict[str, SameAs]:
         if token.tied_to is not None:
             rows = (len(token.indices), token.width)
             found[f"{token.path}.{TOKENS}"] = SameAs(token.path, f"{token.tied_to}.{TOKENS}", rows)
-    return found | _other_names_of_biases(plan, names)
+    return found | _other_names(plan, names)
 
 
-def _other_names_of_biases(plan: Plan, names: Names) -> dict[str, SameAs]:
-    mine = {id(plan.base_parameter(name)): name for name in plan.biases}
+def _other_names(plan: Plan, names: Names) -> dict[str, SameAs]:
+    """Of parameters of the base that the adapter replaces."""
+    mine = {id(plan.base_parameter(name)): name for name in (*plan.biases, *plan.base_weights)}
     found: dict[str, SameAs] = {}
     for node in plan.description.nodes.values() if mine else ():
         for attribute, parameter in node.module.named_parameters(recurse=False):
             name, first = joined(node.path, attribute), mine.get(id(parameter))
             whole = any(name.startswith(f"{path}.") for path in plan.modules_to_save)
-            if first is not None and name not in plan.biases and not whole:
+            if first is not None and name not in mine.values() and not whole:
                 shape = tuple(parameter.shape)
                 found[names.parameter(name)] = SameAs(name, names.parameter(first), shape)
     return found

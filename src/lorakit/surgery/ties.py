@@ -187,7 +187,7 @@ def settle_ties(model: nn.Module, shared: Sequence[Sequence[str]]) -> None:
     config = getattr(model, "config", None)
     embedding = next((names for names in parted if _input_name(model, names)), None)
     says_tied = [item for item in _configs(config) if getattr(item, "tie_word_embeddings", False)]
-    what = "; ".join(" and ".join(names) for names in parted)
+    what = "; ".join(_shown(model, names) for names in parted)
     note = f"{what} shared a weight, and merging gave them different ones"
     if embedding is not None and says_tied:
         if getattr(config, "is_encoder_decoder", False):
@@ -202,6 +202,14 @@ def settle_ties(model: nn.Module, shared: Sequence[Sequence[str]]) -> None:
                 item.tie_word_embeddings = False
             note += "; config.tie_word_embeddings was set to False so that a file keeps both"
     warnings.warn(note, stacklevel=4)
+
+
+def _shown(model: nn.Module, names: Sequence[str]) -> str:
+    """Names of parameters, those that still are one together."""
+    groups: dict[int, list[str]] = {}
+    for name in names:
+        groups.setdefault(id(model.get_parameter(name)), []).append(name)
+    return " and ".join(" = ".join(group) for group in groups.values())
 
 
 def _configs(config: Any) -> Iterator[Any]:

@@ -505,7 +505,7 @@ def test_a_tied_bias_that_a_file_holds_twice(tmp_path):
     rewrite(tmp_path, lambda t: t[two].add_(1))
     model = build("bert", True)
     before = Snapshot(model)
-    with pytest.raises(Exception, match="one bias of the model"):
+    with pytest.raises(Exception, match="one parameter of the model"):
         PeftModel.from_pretrained(model, tmp_path)
     before.assert_same(model)
 
