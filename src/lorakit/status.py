@@ -5,13 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from torch import nn
+
+from lorakit.layers import Conv, ParamWrapper
 from lorakit.state_dict import registry_of
+from lorakit.surgery.naming import TOKENS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from typing import TypeVar
 
-    from torch import nn
+    from torch import Tensor
+
+    from lorakit.layers import LoraLayer
+    from lorakit.surgery import AdapterRegistry
 
     T = TypeVar("T")
 
@@ -73,39 +80,88 @@ class TunerModelStatus:
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
-    """The state of every adapted module.
+    """The state of every adapted module, in the order of the modules.
+
+    Replaced token rows have a row of their own, named `<module>.token_adapter`, and so have modules that are trained
+    whole.
 
     Raises:
         AdapterNameError: the model carries no adapter.
     """
     registry, prefix = registry_of(model)
-    below = prefix.removeprefix("base_model.")
-    rows = []
+    order = {id(module): number for number, module in enumerate(registry.model.modules())}
+    rows = sorted(_rows(registry, prefix.removeprefix("base_model.")), key=lambda row: order[id(row[0])])
+    return [row for _, row in rows]
+
+
+def _rows(registry: AdapterRegistry, below: str) -> Iterator[tuple[nn.Module, TunerLayerStatus]]:
     names = registry.names()
     for path, layer in registry.layers.items():
-        tensors = {name: [item.tensor for item in layer.tensors(name)] for name in layer.adapters}
-        # what a tied layer uses may be another one's
-        parameters = {name: group for name, group in tensors.items() if group}
-        rows.append(
+        where = below + names.layer(path)
+        rows = layer.token_adapter
+        own = {
+            name: [item.tensor for item in layer.tensors(name) if item.file_suffix != TOKENS]
+            for name in layer.r
+        }
+        if own:
+            yield layer, _layer_row(where, f"lora.{_kind(layer)}", layer, layer.active_adapters, own)
+        if rows is not None:
+            tokens = {name: [rows.rows(name)] for name in rows.adapters}
+            active = [name for name in layer.active_adapters if name in tokens]
+            yield layer, _layer_row(f"{where}.token_adapter", "TrainableTokensLayer", layer, active, tokens)
+    for path, wrapper in registry.saved.items():
+        whole = {name: list(module.parameters()) for name, module in wrapper.modules_to_save.items()}
+        yield (
+            wrapper,
             TunerLayerStatus(
-                name=below + names.layer(path),
-                module_type=f"lora.{type(layer).__name__}",
-                enabled=not layer.disable_adapters,
-                active_adapters=layer.active_adapters,
-                merged_adapters=list(layer.merged_adapters),
-                requires_grad={
-                    name: _one(parameter.requires_grad for parameter in group)
-                    for name, group in parameters.items()
-                },
-                available_adapters=sorted(layer.adapters),
-                devices={
-                    name: sorted({parameter.device.type for parameter in group})
-                    for name, group in parameters.items()
-                },
-                quantization_backend=None if layer.codec.name == "dense" else layer.codec.name,
-            )
+                name=below + path,
+                module_type=type(wrapper).__name__,
+                enabled=registry.enabled,
+                active_adapters=wrapper.active_adapters,
+                merged_adapters=[],
+                requires_grad=_flags(whole),
+                available_adapters=sorted(whole),
+                devices=_devices(whole),
+                quantization_backend=None,
+            ),
         )
-    return rows
+
+
+def _layer_row(
+    where: str,
+    kind: str,
+    layer: LoraLayer,
+    active: list[str],
+    tensors: Mapping[str, Sequence[Tensor]],
+) -> TunerLayerStatus:
+    return TunerLayerStatus(
+        name=where,
+        module_type=kind,
+        enabled=not layer.disable_adapters,
+        active_adapters=active,
+        merged_adapters=[name for name in layer.merged_adapters if name in tensors],
+        requires_grad=_flags(tensors),
+        available_adapters=sorted(tensors),
+        devices=_devices(tensors),
+        quantization_backend=None if layer.codec.name == "dense" else layer.codec.name,
+    )
+
+
+def _kind(layer: LoraLayer) -> str:
+    """The name of a layer's type, where one type stands for several of PEFT's."""
+    if isinstance(layer, Conv):
+        return f"Conv{len(layer.layout.row) - 1}d"
+    if isinstance(layer, ParamWrapper) and isinstance(layer.get_base_layer(), nn.MultiheadAttention):
+        return "MultiheadAttention"
+    return type(layer).__name__
+
+
+def _flags(tensors: Mapping[str, Sequence[Tensor]]) -> dict[str, bool | Literal["irregular"]]:
+    return {name: _one(tensor.requires_grad for tensor in group) for name, group in tensors.items()}
+
+
+def _devices(tensors: Mapping[str, Sequence[Tensor]]) -> dict[str, list[str]]:
+    return {name: sorted({tensor.device.type for tensor in group}) for name, group in tensors.items()}
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
@@ -118,6 +174,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     layers = get_layer_status(model)
     names = sorted(registry.configs)
     trainable, total = count_parameters(model)
+    active = (layer.active_adapters for layer in registry.layers.values())
     return TunerModelStatus(
         base_model_type=type(registry.model).__name__,
         adapter_model_type="LoraModel" if prefix else "None",
@@ -126,8 +183,8 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         total_params=total,
         num_adapter_layers=len(layers),
         enabled=_one((layer.enabled for layer in layers), registry.enabled),
-        active_adapters=_one((layer.active_adapters for layer in layers), list(registry.active)),
-        merged_adapters=_one((layer.merged_adapters for layer in layers), []),
+        active_adapters=_one(active, list(registry.active)),
+        merged_adapters=_merged(layers),
         requires_grad={
             name: _one(layer.requires_grad[name] for layer in layers if name in layer.requires_grad)
             for name in names
@@ -139,6 +196,15 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         },
         quantization_backend=_one((layer.quantization_backend for layer in layers), None),
     )
+
+
+def _merged(layers: Sequence[TunerLayerStatus]) -> list[str] | Literal["irregular"]:
+    """The adapters that are merged wherever they are; "irregular" if one is merged here and not there."""
+    merged = {name for layer in layers for name in layer.merged_adapters}
+    for layer in layers:
+        if merged & (set(layer.available_adapters) - set(layer.merged_adapters)):
+            return "irregular"
+    return sorted(merged)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

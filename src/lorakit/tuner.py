@@ -192,7 +192,7 @@ class LoraModel(nn.Module):
         self.registry.set_active(names, inference_mode=inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Set the flag on every floating-point tensor of these adapters.
+        """Set the flag on every floating-point tensor of these adapters, but for embeddings that came with them.
 
         Raises:
             AdapterNameError: a name is unknown.
@@ -200,8 +200,10 @@ class LoraModel(nn.Module):
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         self.registry.check_known(names)
         for name in names:
+            slots = [slot for slot in self.registry.slots.values() if name in slot.adapters]
+            untrained = {id(slot.copies[name]) for slot in slots if name not in slot._trainable}
             for item in self.registry.tensors(name):
-                if item.state_name and item.tensor.is_floating_point():
+                if item.state_name and item.tensor.is_floating_point() and id(item.tensor) not in untrained:
                     item.tensor.requires_grad_(requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -159,7 +159,7 @@ def _misplaced(plan: Plan, registry: AdapterRegistry, name: str) -> list[str]:
         if layer.token_adapter is not None and name in layer.token_adapter.token_indices
     }
     whole = {path for path, wrapper in registry.saved.items() if name in wrapper.adapters}
-    biases = {key for key, slot in registry.slots.items() if name in slot.adapters and "bias" in key}
+    biases = {key for key, slot in registry.slots.items() if name in slot._trainable}
     for what, new, old in (
         ("trainable_token_indices", {spec.path: spec.indices for spec in plan.tokens}, tokens),
         ("modules_to_save", set(plan.modules_to_save), whole),
