@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import pickle
 import threading
 
@@ -323,6 +324,34 @@ def test_refused_while_planning(case, adapters):
     with pytest.raises(PlanError, match=message):
         model.add_adapter("new", wanted) if adapters else get_peft_model(model, wanted)
     before.assert_same(model)
+
+
+def test_a_parameter_of_another_class_is_refused():
+    """As quantised ones are: what their memory holds is not the weight."""
+
+    class Packed(nn.Parameter):
+        pass
+
+    model = build()
+    model.experts.up = Packed(model.experts.up.detach())
+    before = Snapshot(model)
+    with pytest.raises(
+        PlanError, match=r"experts\.up: got Packed of torch\.float64, 3 dimensions; wanted a plain"
+    ):
+        get_peft_model(model, config("experts.up"))
+    before.assert_same(model)
+
+
+def test_a_file_with_dropout_loads(tmp_path):
+    model = adapted("a")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "a" / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    assert fields["lora_dropout"] == 0.0
+    path.write_text(json.dumps({**fields, "lora_dropout": 0.5}))
+    with pytest.warns(UserWarning, match="lora_dropout"):  # the file was edited after it was written
+        loaded = PeftModel.from_pretrained(build(), tmp_path / "a")
+    close(loaded.train()(x()), truth("a"))
 
 
 def test_all_reasons_at_once():
