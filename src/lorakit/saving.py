@@ -51,7 +51,7 @@ def save_adapters(
     for name in chosen:
         tensors = {to_file_key(item.file_name): item.in_file() for item in file_entries(registry, name)}
         if with_embeddings:
-            tensors |= _embeddings(registry)
+            tensors |= _embeddings(registry, name)
         config = stored_config(registry, name)
         target = Path(folder) if name == "default" else Path(folder) / name
         written += write_adapter(target, config.to_dict(), tensors, readme=_model_card(config))
@@ -68,14 +68,16 @@ def stored_config(registry: AdapterRegistry, name: str) -> LoraConfig:
     return replace(config, inference_mode=True, auto_mapping=mapping)
 
 
-def _embeddings(registry: AdapterRegistry) -> dict[str, Tensor]:
+def _embeddings(registry: AdapterRegistry, adapter: str) -> dict[str, Tensor]:
+    """The base's own, without what is merged into them."""
     wanted = {id(weight) for weight in embedding_weights(registry.model)}
     found: dict[str, Tensor] = {}
-    names = registry.names()
-    for name, node in describe(registry.model).nodes.items():
+    names = registry.names(adapter)
+    for path, node in describe(registry.model).nodes.items():
         for attribute, parameter in node.module.named_parameters(recurse=False):
             if id(parameter) in wanted:
-                found[to_file_key(names.parameter(joined(name, attribute)))] = parameter.detach()
+                own = parameter if node.layer is None else node.layer.original_weight
+                found[to_file_key(names.parameter(joined(path, attribute)))] = own.detach()
     return found
 
 

@@ -102,7 +102,8 @@ def set_peft_model_state_dict(
     Raises:
         AdapterNameError: no such adapter.
         AdapterStateError: the adapter is merged.
-        KeyMismatchError: keys are missing or unexpected (`strict`), or shapes differ (always).
+        KeyMismatchError: keys are missing or unexpected (`strict`); shapes differ, or tied tensors that are one
+            parameter here have different values (always).
         NonFiniteError: a value is NaN or infinite. Nothing was changed after any of these.
     """
     registry, prefix = registry_of(model)
@@ -121,6 +122,7 @@ def set_peft_model_state_dict(
         for key, item in own.items()
         if key in given and tuple(given[key].shape) != item.shape
     ]
+    wrong += _contradictions({prefix + item.file_name: item.tensor for item in stored}, given)
     if wrong or (strict and (missing or unexpected)):
         raise KeyMismatchError("state dict", missing=missing, unexpected=unexpected, mismatched=wrong)
     bad = [key for key in own if key in given and not given[key].isfinite().all()]
@@ -131,3 +133,19 @@ def set_peft_model_state_dict(
             if key in given:
                 item.tensor.copy_(item.in_model(given[key]))
     return IncompatibleKeys(missing, unexpected)
+
+
+def _contradictions(here: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """A line for each value that is not what another says of the same parameter."""
+    said: dict[int, tuple[str, Tensor]] = {}
+    found = []
+    for key, tensor in here.items():
+        if key not in given:
+            continue
+        owner = tensor if tensor._base is None else tensor._base  # a tied layer shows a view of another's
+        flipped = (owner.shape, owner.stride()) != (tensor.shape, tensor.stride())
+        value = given[key].t() if flipped else given[key]
+        first, wanted = said.setdefault(id(owner), (key, value))
+        if value is not wanted and not torch.equal(value.nan_to_num(), wanted.nan_to_num()):
+            found.append(f"{key}: is the same parameter as {first} here, but not the same value")
+    return found

@@ -168,27 +168,33 @@ def make_plan(
         resolved = spelled_out(resolved, more, more_whole, tokens)
     resolved = replace(resolved, fan_in_fan_out=_stored_in_out(specs))
     biases = _trained_biases(description, resolved, targets, inside)
-    plan = _plan(resolved, specs, whole, biases, notes, description)
+    plan = _plan(resolved, specs, whole, saved_ties, biases, notes, description)
     added = (*more, *more_whole)
-    return replace(plan, saved_ties=saved_ties, added=added, tokens=tokens, replication=replication)
+    return replace(plan, added=added, tokens=tokens, replication=replication)
 
 
 def _plan(
     config: LoraConfig,
     specs: Sequence[AdapterSpec],
     whole: Mapping[str, nn.Module],
+    saved_ties: Mapping[str, str],
     biases: Mapping[str, nn.Parameter],
     notes: Sequence[str],
     description: Description,
 ) -> Plan:
-    # copies of tied modules share the weight, as the modules themselves do
-    saved = {id(parameter): parameter for module in whole.values() for parameter in module.parameters()}
+    saved = [
+        parameter
+        for path, module in whole.items()
+        for parameter in module.parameters()
+        if path not in saved_ties or parameter is not module.weight  # which is another copy's
+    ]
     return Plan(
         config=config,
         specs=tuple(specs),
         modules_to_save=tuple(whole),
-        saved_parameters=sum(parameter.numel() for parameter in saved.values()),
-        saved_bytes=sum(parameter.nbytes for parameter in saved.values()),
+        saved_ties=saved_ties,
+        saved_parameters=sum(parameter.numel() for parameter in saved),
+        saved_bytes=sum(parameter.nbytes for parameter in saved),
         biases=tuple(biases),
         bias_parameters=sum(parameter.numel() for parameter in biases.values()),
         bias_bytes=sum(parameter.nbytes for parameter in biases.values()),
@@ -239,6 +245,12 @@ def _specs(
     specs = [spec for path in hit for spec in module_rows(description.nodes[path], rules, description)]
     if ties is not None and ties.ensure and ties.source in {spec.path for spec in specs}:
         source = next(spec for spec in specs if spec.path == ties.source)
+        loose += [
+            f"{spec.path}: has the rank and the alpha of {source.path}, to which it is tied; make rank_pattern and "
+            "alpha_pattern say the same of both"
+            for spec in specs
+            if spec.path in ties.others and (spec.r, spec.lora_alpha) != (source.r, source.lora_alpha)
+        ]
         specs = [_tied_row(spec, source) if spec.path in ties.others else spec for spec in specs]
     order = {path: number for number, path in enumerate(description.nodes)}
     specs += parameter_rows(description, rules, loose)

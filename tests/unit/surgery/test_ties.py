@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 import zlib
@@ -11,8 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from lorakit import LoraConfig, PeftModel, get_peft_model
-from lorakit.errors import PlanError
+from lorakit import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from lorakit.errors import KeyMismatchError, PlanError
+from lorakit.layers import LoraLayer
+from lorakit.surgery import make_plan
 from models import Snapshot, randomise, registry_of
 from tied import KINDS, ROWS, TOKENS, VOCABULARY, WIDTH, Row, batch, build, logits_of
 
@@ -142,6 +151,9 @@ def test_what_is_trained_and_said(kind, tie, row):
     assert peft.get_nb_trainable_parameters()[0] == own + rest
     peft.unload()
     before.assert_same(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert make_plan(model, config).parameters == own + rest
 
 
 def apart(kind, row):
@@ -360,6 +372,63 @@ def test_scaling_one_of_two_tied_layers_parts_them_when_merging(kind):
     torch.testing.assert_close(logits_of(merged), output, **CLOSE)
 
 
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize(("first", "second"), PAIRS[:7], ids=lambda row: str(row))
+@pytest.mark.parametrize("merged", [[], ["default"], ["other"]], ids=str)
+def test_two_adapters_merged_for_good(kind, first, second, merged, tmp_path):
+    peft = make(kind, True, first)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tied")
+        peft.add_adapter("other", LoraConfig(**second.config(kind)))
+    fill(peft, "other", 4)
+    peft.set_adapter(["default", "other"])
+    output = logits_of(peft)
+    parts = [expected(kind, True, row)[1] != set(KINDS[kind].tied[1:]) for row in (first, second)]
+    if merged:
+        peft.merge_adapter(merged)
+    with pytest.warns(UserWarning, match="shared a weight") if any(parts) else nullcontext():
+        model = peft.merge_and_unload()
+    torch.testing.assert_close(logits_of(model), output, **CLOSE)
+    assert (len(group(model, kind)) == 1) == (not any(parts))
+    exact = logits_of(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(type(model).from_pretrained(tmp_path).eval()), exact)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_a_merge_for_good_that_is_interrupted(kind, monkeypatch):
+    peft = make(kind, True, Row("target_modules", True, "one"))
+    output = logits_of(peft)
+    real, calls = LoraLayer.commit_merge_for_good, []
+
+    def failing(self, prepared):
+        calls.append(1)
+        if len(calls) == len(registry_of(peft).layers) - 1:
+            raise KeyboardInterrupt
+        real(self, prepared)
+
+    monkeypatch.setattr(LoraLayer, "commit_merge_for_good", failing)
+    with pytest.raises(KeyboardInterrupt):
+        peft.merge_and_unload()
+    torch.testing.assert_close(logits_of(peft), output, **CLOSE)
+    monkeypatch.setattr(LoraLayer, "commit_merge_for_good", real)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*shared a weight")
+        model = peft.merge_and_unload()
+    torch.testing.assert_close(logits_of(model), output, **CLOSE)
+
+
+def test_a_copy_of_the_model_has_ties_of_its_own():
+    peft = make("t5", True, Row("target_modules", True, "one"))
+    output = logits_of(peft)
+    twin = copy.deepcopy(peft)
+    fill(twin, "default", 9)
+    assert torch.equal(
+        logits_of(twin), logits_of(make("t5", True, Row("target_modules", True, "one"), seed=9))
+    )
+    assert torch.equal(logits_of(peft), output)
+
+
 # ---- what else may be asked ----------------------------------------------------------------------------
 
 
@@ -390,6 +459,56 @@ def test_factors_on_a_module_that_ties_make_whole():
     with pytest.raises(PlanError, match="lm_head"):
         get_peft_model(model, LoraConfig(**fields, ensure_weight_tying=True))
     before.assert_same(model)
+
+
+def test_ranks_of_tied_modules_are_one():
+    model = build("llama", True)
+    before = Snapshot(model)
+    fields = {"target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True}
+    for pattern in ({"rank_pattern": {"lm_head": 2}}, {"alpha_pattern": {"embed_tokens": 2}}):
+        with pytest.raises(PlanError, match=r"lm_head: has the rank and the alpha of model.embed_tokens"):
+            get_peft_model(model, LoraConfig(**fields, **pattern))
+        before.assert_same(model)
+    both = {"lm_head": 2, "embed_tokens": 2}
+    get_peft_model(model, LoraConfig(**fields, rank_pattern=both, alpha_pattern=both))
+
+
+@pytest.mark.parametrize(
+    "row", [Row("target_modules", True, "one"), Row("modules_to_save", True, "one")], ids=str
+)
+def test_values_by_key_that_contradict_each_other(row):
+    peft = make("llama", True, row)
+    values = {key: value.clone() for key, value in get_peft_model_state_dict(peft).items()}
+    set_peft_model_state_dict(peft, values)
+    before = Snapshot(peft)
+    key = next(key for key in values if "lm_head" in key)
+    with pytest.raises(KeyMismatchError, match=r"lm_head.*is the same parameter as .*embed_tokens"):
+        set_peft_model_state_dict(peft, {**values, key: values[key] + 1})
+    before.assert_same(peft)
+    values = {key: value * 2 for key, value in values.items()}
+    set_peft_model_state_dict(peft, values)
+    assert all(torch.equal(value, values[key]) for key, value in get_peft_model_state_dict(peft).items())
+
+
+@pytest.mark.parametrize(
+    "row", [Row("target_modules", True, "one"), Row("trainable_token_indices", True, "list")], ids=str
+)
+def test_the_bases_embeddings_in_a_file_are_without_what_is_merged(row, tmp_path):
+    peft = make("llama", True, row)
+    output = logits_of(peft)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tied")
+        peft.add_adapter("bare", LoraConfig(target_modules=["q_proj"]))
+    peft.merge_adapter()
+    peft.save_pretrained(tmp_path, save_embedding_layers=True)
+    other = build("llama", True)
+    nn.init.normal_(other.get_submodule(KINDS["llama"].tied[0]).weight)
+    again = PeftModel.from_pretrained(other, tmp_path, allow_base_weights=True)
+    torch.testing.assert_close(logits_of(again), output, **CLOSE)
+    again.load_adapter(tmp_path / "bare", "bare", allow_base_weights=True)
+    again.set_adapter("bare")
+    torch.testing.assert_close(logits_of(again), logits_of(build("llama", True)), **CLOSE)
+    again.unload()
 
 
 def test_the_config_names_what_ties_added():
