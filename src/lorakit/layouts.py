@@ -109,6 +109,18 @@ class Layout:
         biases = [block.bias for block in blocks if block.bias is not None]
         return As.reshape(-1, *self.row).contiguous(), B.contiguous(), torch.cat(biases) if biases else None
 
+    def dense(self, A: Tensor, B: Tensor) -> Tensor:
+        """`B @ A` of stored factors in the shape of the stored weight, of a grouped convolution's made dense.
+
+        Differentiable; computed and returned in the dtype of the factors.
+        """
+        products = torch.stack([block.B @ block.A for block in self.split(A, B, 1.0)])
+        products = products.mT if self.transposed else products
+        if self.experts:
+            return products
+        matrix = products.flatten(0, 1)
+        return matrix if self.transposed else matrix.view(self.out, *self.row)
+
     def regions(self, weight: Tensor) -> tuple[Tensor, ...]:
         """For each block the part of a stored weight that it changes: a matrix, (in, out) if `transposed`.
 

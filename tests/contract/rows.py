@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, pad
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
@@ -62,6 +62,20 @@ class Mixture(nn.Module):
         return x @ (self.weights if getattr(self, "is_transposed", False) else self.weights.mT)
 
 
+class Shifted(nn.Embedding):
+    """As learned positions are: what it looks up is not what it is given."""
+
+    def forward(self, x):
+        return super().forward(x + 2)
+
+
+class Causal(nn.Conv2d):
+    """A convolution that pads by itself, before."""
+
+    def forward(self, x):
+        return super().forward(pad(x, (2, 0, 1, 0)))
+
+
 # ---- inputs, in fp64 ------------------------------------------------------------------------------------
 
 
@@ -85,6 +99,7 @@ class Row(NamedTuple):
         stored: how the weight lies: (out, in) as "matrix", else "transposed", "conv", "experts", "experts_transposed".
         attribute: the weight's name.
         unit: what ranks must be divisible by.
+        whole: the module has a forward of its own.
     """
 
     name: str
@@ -94,6 +109,7 @@ class Row(NamedTuple):
     stored: str = "matrix"
     attribute: str = "weight"
     unit: int = 1
+    whole: bool = False
 
     @property
     def has_bias(self):
@@ -102,7 +118,12 @@ class Row(NamedTuple):
     @property
     def drops(self):
         """Whether dropout acts."""
-        return self.kind not in {"embedding", "parameter"}
+        return self.kind != "embedding" and not self.runs_whole
+
+    @property
+    def runs_whole(self):
+        """Whether the module's own forward computes with the changed weight; else the layer adds to its output."""
+        return self.whole or self.kind == "parameter"
 
     @property
     def has_modules(self):
@@ -164,6 +185,16 @@ ROWS = (
         "conv",
         unit=2,
     ),
+    Row(
+        "embedding_shifted",
+        "embedding",
+        lambda _: Shifted(WORDS + 2, OUT, padding_idx=4),
+        tokens,
+        "transposed",
+        whole=True,
+    ),
+    Row("image_causal", "conv", conv(Causal, kernel=(2, 3)), IMAGE, "conv", whole=True),
+    Row("image_causal_groups", "conv", conv(Causal, groups=2), IMAGE, "conv", unit=2, whole=True),
     Row("matrix", "parameter", lambda _: Mixture(OUT, IN), normal(3, 5, IN), attribute="weights"),
     Row(
         "experts",
@@ -330,7 +361,7 @@ def as_channels(row, bias, y):
 
 def adapter_output(row, plain, x, A, B):
     """What one adapter adds, before its scaling and bias; `plain` as `of_delta` makes it. Differentiable."""
-    if row.kind == "embedding":  # a product of two steps, each with a gradient of its own
+    if row.kind == "embedding" and not row.whole:  # a product of two steps, each with a gradient of its own
         found = embedding(x, A.T, plain.padding_idx, None, 2.0, plain.scale_grad_by_freq) @ B.T
         return found * getattr(plain, "embed_scale", 1.0)
     return run(row, plain, x, dense_delta(row, A, B))

@@ -82,7 +82,7 @@ def test_fp32_adapters_over_a_half_base_keep_the_dtype_of_the_base(row, dtype):
 @each
 def test_half_adapters_over_an_fp32_base(row):
     layer = make(row, torch.float32, ("a",), adapter_dtype=torch.bfloat16)
-    wanted_steps = 2 if row.kind != "parameter" else 2 * torch.finfo(torch.bfloat16).eps / torch.finfo().eps
+    wanted_steps = 2 if not row.runs_whole else 2 * torch.finfo(torch.bfloat16).eps / torch.finfo().eps
     assert_forward(row, layer, data(row), ("a",), torch.float32, steps=wanted_steps)
 
 
@@ -203,12 +203,16 @@ def test_disabled_is_the_base_bit_for_bit(row, dtype):
 
 
 @each
-def test_an_adapter_that_is_no_change_changes_no_bit(row):
-    layer, x = make(row, names=("a", "b")), data(row)
+@pytest.mark.parametrize("training", [False, True])
+def test_an_adapter_that_is_no_change_changes_no_bit(row, training):
+    layer, x = make(row, names=("a", "b"), dropout=0.5).train(training), data(row)
     with torch.no_grad():
         for name in "ab":
             layer.stored(name).B.zero_()
-        assert torch.equal(layer(x), layer.get_base_layer()(x))
+        if row.runs_whole and row.unit > 1:  # as an ungrouped convolution, which sums in another order
+            torch.testing.assert_close(layer(x), layer.get_base_layer()(x))
+        else:
+            assert torch.equal(layer(x), layer.get_base_layer()(x))
 
 
 @each
@@ -270,14 +274,6 @@ def test_dropout_drops_each_element_by_itself(row, p):
     matters = wanted > 0.02 * wanted.max()
     # over all elements of the output: their average is far surer than each of them
     assert (found[matters] / wanted[matters]).mean().item() == pytest.approx(1, abs=0.05)
-
-
-@each
-def test_dropout_acts_on_the_adapter_alone(row):
-    layer, x = make(row, dropout=0.5).train(), data(row)
-    with torch.no_grad():
-        layer.stored("a").B.zero_()
-        assert torch.equal(layer(x), layer.get_base_layer()(x))
 
 
 @rows_where(lambda row: not row.drops)

@@ -21,7 +21,7 @@ from contract.rows import (
 MODES = {"gradients": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 every_mode = pytest.mark.parametrize("mode", list(MODES.values()), ids=list(MODES))
 has_modules = rows_where(lambda row: row.has_modules)
-wraps = rows_where(lambda row: row.kind != "parameter")  # a parameter's module computes the whole
+wraps = rows_where(lambda row: not row.runs_whole)
 
 
 @each
@@ -78,8 +78,8 @@ def test_a_hook_may_replace_the_output_of_a_factor(row, where):
     torch.testing.assert_close(layer(x), base + delta * 2, rtol=1e-4, atol=1e-5)
 
 
-@rows_where(lambda row: row.kind == "parameter")
-def test_a_hook_on_the_module_of_a_parameter_sees_the_changed_output(row):
+@rows_where(lambda row: row.runs_whole)
+def test_a_hook_on_a_module_that_runs_whole_sees_the_changed_output(row):
     layer, x = make(row), data(row)
     unhooked, seen = layer(x), []
     layer.base_layer.register_forward_hook(lambda _module, _inputs, output: seen.append(output))

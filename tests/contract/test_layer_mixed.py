@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from contract.rows import ROWS, data, each, expected, make, rows_where, weight_of
+from contract.rows import ROWS, data, each, expected, make, rows_where
 from lorakit.errors import UnsupportedError
 from lorakit.layers import choosing
 
 NAMES = ("a", "b", "c")
 IDS = (2, -1, 0, 1, 0, -1)  # places in NAMES; -1 is the base alone
-TABLE = [row for row in ROWS if row.kind != "parameter"]
+TABLE = [row for row in ROWS if not row.runs_whole]
 mixes = pytest.mark.parametrize("row", TABLE, ids=str)
 
 
@@ -119,7 +119,7 @@ def test_gradients_are_those_of_each_adapters_own_samples(row):
 @rows_where(lambda row: row.drops)
 def test_each_sample_has_the_dropout_of_its_own_adapter(row):
     layer, x = make(row, names=NAMES, dropout=0.5), six(row)
-    layer.lora_dropout["b"] = torch.nn.Identity()
+    layer.lora_dropout["c"] = torch.nn.Identity()
     layer.train()
     with torch.no_grad():
         draws = torch.stack([mixed(layer, x) for _ in range(300)])
@@ -127,7 +127,7 @@ def test_each_sample_has_the_dropout_of_its_own_adapter(row):
         wanted = mixed(layer, x)
     spread = draws.std(dim=0).flatten(1)
     for sample, number in enumerate(IDS):
-        assert (spread[sample].max() > 1e-3) == (number >= 0 and NAMES[number] != "b"), f"sample {sample}"
+        assert (spread[sample].max() > 1e-3) == (number >= 0 and NAMES[number] != "c"), f"sample {sample}"
     error = (draws.mean(dim=0) - wanted).abs() / (draws.std(dim=0) / 300**0.5).clamp(min=1e-5)
     assert error.max() < 5
 
@@ -147,9 +147,9 @@ def test_a_call_may_choose_one_adapter_for_all(row):
         assert torch.equal(layer(x), layer.get_base_layer()(x))
 
 
-@rows_where(lambda row: row.kind == "parameter")
-def test_a_parameter_does_not_see_samples(row):
-    layer = make(row, names=NAMES)
-    with pytest.raises(UnsupportedError, match=row.attribute):
-        mixed(layer, data(row), (0, -1, 1))
-    assert weight_of(row, layer).grad is None
+@rows_where(lambda row: row.runs_whole)
+def test_what_runs_whole_does_not_see_samples(row):
+    layer, x = make(row, names=NAMES), data(row)
+    with pytest.raises(UnsupportedError, match=r"for each sample.*one adapter for the whole batch"):
+        mixed(layer, x, (0, -1, 1))
+    torch.testing.assert_close(mixed(layer, x, (-1, -1, -1), ()), layer.get_base_layer()(x))

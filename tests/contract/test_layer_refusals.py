@@ -32,6 +32,7 @@ def spoil(part, value):
 def overflow(value):
     def change(layer):
         with torch.no_grad():
+            layer.stored("b").A.fill_(1)
             layer.stored("b").B.fill_(value)
 
     return change

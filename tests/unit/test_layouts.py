@@ -205,6 +205,25 @@ def test_regions_are_the_places_of_the_blocks(case):
 
 
 @few
+@given(layouts())
+def test_the_dense_change_is_that_of_the_regions(case):
+    layout, r = case
+    A, B, _ = stored_factors(layout, r)
+    A, B = A.requires_grad_(), B.requires_grad_()
+    found = layout.dense(A, B)
+    wanted = layout.make_dense(torch.zeros_like(stored_weight(layout)))
+    assert found.shape == wanted.shape
+    for region, block in zip(layout.regions(wanted), layout.split(A.detach(), B.detach(), 1.0), strict=True):
+        delta = block.B @ block.A
+        region += delta.T if layout.transposed else delta
+    torch.testing.assert_close(found, wanted)
+    assert all(
+        gradient.shape == part.shape
+        for gradient, part in zip(torch.autograd.grad(found.sum(), [A, B]), (A, B), strict=True)
+    )
+
+
+@few
 @given(layouts(), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
 def test_a_dense_weight_acts_like_the_grouped_one(case, dtype):
     layout, _ = case

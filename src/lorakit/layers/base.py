@@ -19,6 +19,7 @@ from lorakit.errors import AdapterNameError, UnsupportedError
 from lorakit.layers.chosen import Live, Owner, chosen_by
 from lorakit.layers.factors import let_go
 from lorakit.layers.finite import merge_is_finite
+from lorakit.layers.hooks import outside_autocast
 from lorakit.layers.merging import MergingLayer, as_tensor
 from lorakit.layers.tokens import TokenRows
 from lorakit.specs import FILE_NAMES
@@ -260,11 +261,11 @@ class LoraLayer(MergingLayer):
         That of a grouped convolution mixes all input channels: (out, in_channels, *kernel), as if ungrouped.
         """
         base = self.codec.state(self.get_base_layer()).weight
+        A, B, _ = self.stored(adapter)
         wide = torch.promote_types(base.dtype, torch.float32)
-        deltas = torch.stack([block.delta(wide) for block in self.blocks(adapter)]).to(base.dtype)
-        deltas = deltas.mT if self.layout.transposed else deltas
-        shape = (self.layout.out, *self.layout.row) if self.layout.groups > 1 else base.shape
-        return deltas.reshape(shape)
+        with outside_autocast(A.device):
+            delta = self.layout.dense(A.detach().to(wide), B.detach().to(wide))
+        return (delta * float(self.scaling[adapter])).to(base.dtype)
 
     @property
     def is_tied(self) -> bool:

@@ -13,6 +13,7 @@ from lorakit.layers.chosen import Live
 from lorakit.layers.factors import let_go, looking_conv, pointwise_conv
 from lorakit.layers.hooks import add_to_output, inside, is_observed
 from lorakit.layers.linear import held_by_modules
+from lorakit.layers.whole import has_own_forward, run_changed
 from lorakit.layouts import filled
 from lorakit.weights.dense import CONVOLUTIONS
 
@@ -30,7 +31,8 @@ class Conv(LoraLayer):
     """y = base(x) + sum over the routed adapters of scaling · B(A(dropout(x))).
 
     x (batch, in_channels, *space). A has the stride, padding and dilation of the base and sees all channels, so a
-    grouped base gets mixed channels too; B has the base's groups. Merging makes a grouped weight an ungrouped one.
+    grouped base gets mixed channels too; B has the base's groups. Merging makes a grouped weight an ungrouped one. A
+    base with a forward of its own, such as a causal convolution, is run whole (`lorakit.layers.whole`).
 
     Attributes:
         lora_A, lora_B: the factors by adapter name, as convolutions.
@@ -40,16 +42,20 @@ class Conv(LoraLayer):
         super().__init__(base_layer, codec)
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
+        self._runs_whole = has_own_forward(self._base)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(batch, in_channels, *space) -> (batch, out, *space); further arguments go to the base layer."""
-        y: Tensor = self.base_layer(x, *args, **kwargs)
-        route = self._route
+        route, chosen = self._route, None
         if Live.any:
             chosen = self._chosen()
-            if chosen is not None and chosen.ids is not None:
-                return self._mixed(chosen, y, x)
             route = route if chosen is None else self._present(chosen.names)
+        if route and self._runs_whole:
+            found: Tensor = run_changed(self, route, chosen, (x, *args), kwargs)
+            return found
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        if route and chosen is not None and chosen.ids is not None:
+            return self._mixed(chosen, y, x)
         dtype = y.dtype
         for name in route:
             y = add_to_output(y, self._contribution(name, x), self.base_layer, _PLAIN)

@@ -13,6 +13,7 @@ from lorakit.layers.chosen import Live
 from lorakit.layers.factors import let_go
 from lorakit.layers.hooks import add_to_output, inside
 from lorakit.layers.mixing import rows_by_sample
+from lorakit.layers.whole import has_own_forward, run_changed
 from lorakit.layouts import filled
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ class Embedding(LoraLayer):
     """y = base(ids) + sum over the routed adapters of scaling · A[:, ids]ᵀ Bᵀ.
 
     ids (...) and y (..., dim). `padding_idx` and `scale_grad_by_freq` of the base hold for the lookup of A, and an
-    `embed_scale` of the base multiplies the adapters too. Dropout has no meaning for ids and is not applied.
+    `embed_scale` of the base multiplies the adapters too. Dropout has no meaning for ids and is not applied. A base with
+    another forward of its own, such as learned positions, is run whole (`lorakit.layers.whole`).
 
     Attributes:
         lora_embedding_A, lora_embedding_B: the factors (r, tokens) and (dim, r) by adapter name.
@@ -39,18 +41,22 @@ class Embedding(LoraLayer):
         self.lora_B = nn.ModuleDict()
         self.lora_embedding_A = nn.ParameterDict()
         self.lora_embedding_B = nn.ParameterDict()
+        self._runs_whole = has_own_forward(self._base)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(...) of ids -> (..., dim); further arguments go to the base layer."""
-        y: Tensor = self.base_layer(x, *args, **kwargs)
-        route = self._route
+        route, chosen = self._route, None
         if Live.any:
             chosen = self._chosen()
-            if chosen is not None and chosen.ids is not None:
-                return self._mixed(chosen, y, x)
             route = route if chosen is None else self._present(chosen.names)
+        if route and self._runs_whole:
+            found: Tensor = run_changed(self, route, chosen, (x, *args), kwargs)
+            return found
+        y: Tensor = self.base_layer(x, *args, **kwargs)
         if not route:
             return y
+        if chosen is not None and chosen.ids is not None:
+            return self._mixed(chosen, y, x)
         dtype = y.dtype
         if self.token_adapter is not None:
             y = self.token_adapter.in_embedding(y, x, route, self._base, self._scale)

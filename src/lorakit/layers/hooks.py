@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch.nn.modules import module as _module
 
 from lorakit.ops.reference import must_compose
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from torch import Tensor, nn
 
 M = TypeVar("M", bound="nn.Module")
@@ -53,3 +57,12 @@ def add_to_output(y: Tensor, z: Tensor, base: nn.Module, plain: frozenset[type[n
 def inside(module: nn.Module, kinds: type[M] | tuple[type[M], ...]) -> M:
     """The module of one of these types: `module`, or what a wrapper that took its place (sharding) wraps."""
     return next(found for found in module.modules() if isinstance(found, kinds))
+
+
+def outside_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which products keep the dtype of their operands, for weights that are to be exact."""
+    kind = device.type
+    knows_autocast = torch.amp.is_autocast_available(kind)  # a meta device does not
+    if knows_autocast and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return nullcontext()

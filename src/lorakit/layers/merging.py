@@ -18,6 +18,7 @@ from torch import nn
 
 from lorakit.errors import AdapterStateError, NonFiniteError
 from lorakit.layers.follow import follow
+from lorakit.layers.hooks import outside_autocast
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -150,7 +151,9 @@ class MergingLayer(nn.Module, ABC):
         if not new:
             return None
         everything = (*self.merged_adapters, *new)
-        state = self._merged_into(self._original_state(), everything)
+        original = self._original_state()
+        with outside_autocast(original.weight.device):
+            state = self._merged_into(original, everything)
         tensors = [state.weight] + ([] if state.bias is None else [state.bias])
         # BLAS may treat a product with alpha = NaN as no product, so the adapters' own numbers are looked at too
         culprits = [name for name in everything if not _all_finite(self._numbers_of(name))]

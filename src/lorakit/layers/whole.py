@@ -1,0 +1,82 @@
+"""Bases that are subclasses of a torch layer with a forward of their own: they pad, look elsewhere, or normalise.
+
+What such a forward does with its input is its own affair, so nothing can be added beside it. It is run as it is, on a
+stand-in that holds the changed weight, and gives what the merged layer gives. The weight's change is built for each
+call; dropout, which acts on an input, does not act.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lorakit.errors import UnsupportedError
+from lorakit.layers.hooks import outside_autocast
+from lorakit.layers.standin import stand_in
+from lorakit.weights.dense import CONVOLUTIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from lorakit.layers.base import LoraLayer
+    from lorakit.layers.chosen import Chosen
+
+_KNOWN = (nn.Embedding, *CONVOLUTIONS)
+_METHODS = ("forward", "_conv_forward")
+
+
+def has_own_forward(base: nn.Module) -> bool:
+    """Whether an embedding or a convolution computes otherwise than torch's own.
+
+    An embedding that multiplies its output by its `embed_scale` is known, and no such one.
+    """
+    if isinstance(base, nn.Embedding) and hasattr(base, "embed_scale"):
+        return False
+    kind = next(kind for kind in _KNOWN if isinstance(base, kind))
+    return any(getattr(type(base), name, None) is not getattr(kind, name, None) for name in _METHODS)
+
+
+def run_changed(
+    layer: LoraLayer,
+    names: Sequence[str],
+    chosen: Chosen | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """The forward of a layer's base with the changes of these adapters in its weight and bias.
+
+    Raises:
+        UnsupportedError: the call chose an adapter for each sample.
+    """
+    base = layer.get_base_layer()
+    if chosen is not None and chosen.ids is not None:
+        raise UnsupportedError(
+            f"adapters for each sample do not work on a {type(base).__name__}, which has a forward of its own; "
+            f"{list(names)} are on it. Choose one adapter for the whole batch"
+        )
+    with outside_autocast(base.weight.device):  # type: ignore[arg-type]  # its weight is a parameter
+        changed = _changed(layer, names)
+    twin = stand_in(base, {name: value for name, value in changed.items() if name in base._parameters})
+    if isinstance(twin, CONVOLUTIONS):
+        twin.groups = 1
+    return twin(*args, **kwargs)
+
+
+def _changed(layer: LoraLayer, names: Sequence[str]) -> dict[str, Tensor | None]:
+    """The weight, made dense, and the bias with the changes of these adapters."""
+    state, layout = layer.codec.state(layer.get_base_layer()), layer.layout
+    weight, bias = layout.make_dense(state.weight), state.bias
+    if layer.token_adapter is not None:
+        weight = layer.token_adapter.in_weight(weight, names)
+    for name in names:
+        if name in layer.r:
+            A, B, own = layer.stored(name)
+            scaling = layer.scaling[name]
+            weight = weight + (layout.dense(A, B) * scaling).to(weight.dtype)
+            if own is not None:
+                scaled = (own * scaling).to(weight.dtype)
+                bias = scaled if bias is None else bias + scaled
+    return dict(zip(layer.codec.names, (weight, bias), strict=True))
