@@ -33,6 +33,7 @@ OWN = {
         {"past_key_values_length": 0, "position_ids": torch.tensor([[1, 5, 2]])},
     ),
     "normed": (lambda: Normed(9, 10), (torch.arange(9),), {}),
+    "of limited length": (lambda: nn.Embedding(9, 10, max_norm=1.0), (torch.arange(9),), {}),
     "standardised": (
         lambda: WeightStandardizedConv2d(4, 6, 3, padding=1),
         (torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(1)),),

@@ -56,6 +56,8 @@ def add_to_output(y: Tensor, z: Tensor, base: nn.Module, plain: frozenset[type[n
 
 def inside(module: nn.Module, kinds: type[M] | tuple[type[M], ...]) -> M:
     """The module of one of these types: `module`, or what a wrapper that took its place (sharding) wraps."""
+    if isinstance(module, kinds):
+        return module
     return next(found for found in module.modules() if isinstance(found, kinds))
 
 

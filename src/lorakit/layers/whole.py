@@ -33,6 +33,8 @@ def has_own_forward(base: nn.Module) -> bool:
 
     An embedding that multiplies its output by its `embed_scale` is known, and no such one.
     """
+    if isinstance(base, nn.Embedding) and base.max_norm is not None:
+        return True  # it shortens the rows that it finds
     if isinstance(base, nn.Embedding) and hasattr(base, "embed_scale"):
         return False
     kind = next(kind for kind in _KNOWN if isinstance(base, kind))
