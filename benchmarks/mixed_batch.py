@@ -1,4 +1,4 @@
-"""One projection under a batch in which every sample has its own adapter: lorakit against PEFT and the bare base.
+"""A batch in which every sample has its own adapter: lorakit against PEFT and the bare base, one layer and a whole model.
 
 Both sides get the same base, the same adapters (r=16; float32, as `get_peft_model` leaves them, or the dtype of the base)
 and the same assignment of samples to adapters, in turn; they must agree on the output before anything is timed. lorakit
@@ -9,12 +9,16 @@ Run: python -m benchmarks.mixed_batch [--quick]
 from __future__ import annotations
 
 import argparse
+import copy
 from typing import TYPE_CHECKING, NamedTuple
 
+import peft
 import torch
+import transformers
 from peft.tuners.lora import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 
+import lorakit
 from benchmarks.timing import Row, interleave, save
 from lorakit.ops import Bank, Groups, Term, lora_grouped
 from lorakit.ops.grouped_costs import choose
@@ -30,6 +34,8 @@ DTYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torc
 if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
     DTYPES = DTYPES[:1]
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+DEPTH = 32  # layers of the whole model
+DEEP = {torch.float32: 1e-5, torch.bfloat16: 0.1}  # of its logits: bf16 rounds in every layer
 AGREE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # relative, Frobenius
 
 
@@ -116,13 +122,77 @@ def layers(quick: bool) -> list[Row]:
     return rows
 
 
+def whole_model(width: int, adapters: int, dtype: torch.dtype, tokens: int, rounds: int) -> Row:
+    """A 32-layer Llama whose samples are spread over the adapters: one forward, which for one token is a decode step."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=max(1, width // 64),
+        vocab_size=256,
+    )
+    base = transformers.LlamaForCausalLM(config).to(dtype).eval()
+    names = [f"adapter{k}" for k in range(adapters)]
+    fields = {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear"}
+    mine = lorakit.get_peft_model(copy.deepcopy(base), lorakit.LoraConfig(**fields), names[0])
+    theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(**fields), names[0])
+    for name in names[1:]:
+        mine.add_adapter(name, lorakit.LoraConfig(**fields))
+        theirs.add_adapter(name, peft.LoraConfig(**fields))
+    for model in (mine, theirs):
+        torch.manual_seed(1)
+        for key, tensor in sorted(model.named_parameters()):
+            if ".lora_A." in key or ".lora_B." in key:
+                torch.nn.init.normal_(tensor, std=0.02)
+        model.eval()
+    ids = torch.randint(256, (max(adapters, 8), tokens))
+    of_samples = [names[row % adapters] for row in range(len(ids))]
+    runs: dict[str, Callable[[], Tensor]] = {
+        "lorakit": lambda: mine(ids, adapter_names=of_samples, use_cache=False).logits,
+        "PEFT": lambda: theirs(ids, adapter_names=of_samples, use_cache=False).logits,
+        "base": lambda: base(ids, use_cache=False).logits,
+    }
+    found, wanted, plain = (run().double() for run in runs.values())
+    error = float((found - wanted).norm() / wanted.norm())
+    assert error <= DEEP[dtype], f"logits differ by {error:.1e}"
+    assert float((found - plain).norm() / wanted.norm()) > DEEP[dtype], "the adapters do nothing"
+    name = f"{SHORT[dtype]}, d={width}, {adapters} adapters, {len(ids)}x{tokens} tokens"
+    return interleave(name, runs, rounds=rounds)
+
+
+@torch.no_grad()
+def models(quick: bool) -> list[Row]:
+    """The table of the whole model."""
+    print(
+        f"\n{f'Llama, {DEPTH} layers':<42}{'base ms':>9}{'PEFT':>8}{'lorakit':>9}{'PEFT/ours':>15}{'overhead':>10}"
+    )
+    cases = (
+        [(64, 8, 1), (64, 32, 1)]
+        if quick
+        else [(64, 8, 1), (64, 32, 1), (1024, 8, 1), (1024, 32, 1), (1024, 8, 64)]
+    )
+    rows = []
+    for dtype in dict.fromkeys(base for base, _ in DTYPES):
+        for width, adapters, tokens in cases:
+            row = whole_model(width, adapters, dtype, tokens, rounds=5 if quick or tokens > 1 else 15)
+            rows.append(row)
+            ms = row.milliseconds
+            overhead = (ms["PEFT"] - ms["base"]) / (ms["lorakit"] - ms["base"])
+            print(
+                f"{row.name:<42}{ms['base']:>9.1f}{ms['PEFT']:>8.1f}{ms['lorakit']:>9.1f}"
+                f"{row.ratio['PEFT']:>9.2f} ±{row.spread['PEFT']:.2f}{overhead:>10.1f}",
+                flush=True,
+            )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one token a sample, few rounds")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    rows = layers(quick)
-    # A whole model, whose layers share one `Groups`, adds its rows here.
+    rows = layers(quick) + models(quick)
     if not quick:  # the figures on record are those of the full size
         save("mixed_batch", rows)
 

@@ -171,6 +171,20 @@ def logits_of(peft, batch, names):
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
+def test_hooks_on_the_modules_of_an_adapter_run():
+    peft, batch = several("biased factors")
+    wanted = logits_of(peft, batch, BATCH)
+    seen = []
+    layer = peft.base_model.registry.layers["layers.0.q_proj"]
+    layer.lora_A["a"].register_forward_hook(lambda module, args, y: seen.append(len(args[0])))
+    close(logits_of(peft, batch, BATCH), wanted)
+    assert seen == [BATCH.count("a")]
+    layer.lora_B["b"].register_forward_hook(lambda module, args, y: y * 0)
+    changed = logits_of(peft, batch, BATCH)
+    moved = [row for row in range(len(BATCH)) if not torch.allclose(changed[row], wanted[row])]
+    assert moved == [row for row, name in enumerate(BATCH) if name == "b"]
+
+
 # ---- training -----------------------------------------------------------------------------------------
 
 
@@ -193,11 +207,9 @@ def loss(out, rows=slice(None)):
     return out[rows].square().sum()
 
 
-@each
-@pytest.mark.parametrize("checkpointed", [False, True])
+# checkpointing is transformers': one of its models stands for all
+@pytest.mark.parametrize(("kind", "checkpointed"), [*((kind, False) for kind in MODELS), ("llama", True)])
 def test_each_adapter_gets_the_gradients_it_would_get_alone(kind, checkpointed):
-    if checkpointed and kind != "llama":
-        pytest.skip("checkpointing is transformers': one of its models stands for all")
     peft, batch = several(kind)
     peft.double()
     batch = batch.double() if batch.is_floating_point() else batch

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lorakit.errors import ConfigError
-from lorakit.ops.groups import Groups
+from lorakit.ops import Groups
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,12 @@ from lorakit.layers.factors import let_go, plain_linear
 from lorakit.layers.hooks import is_observed, may_keep_output
 from lorakit.layers.mixing import BankKeeper, rows_by_sample
 from lorakit.layers.standin import stand_in
-from lorakit.ops import Term, lora_add, lora_linear
+from lorakit.ops import Term, lora_add, lora_grouped, lora_linear
 from lorakit.weights.dense import conv1d_class
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lorakit.layers.chosen import Chosen
     from lorakit.weights import WeightCodec
 
@@ -31,6 +33,7 @@ class Linear(LoraLayer):
 
     Attributes:
         lora_A, lora_B: the factors by adapter name, as bias-free Linears (B has a bias under `lora_bias`).
+        is_read: whether the parent may compute with `weight` and `bias` instead of calling the layer.
     """
 
     def __init__(self, base_layer: nn.Module, codec: WeightCodec) -> None:
@@ -41,6 +44,7 @@ class Linear(LoraLayer):
         plain = type(base_layer) is nn.Linear or type(base_layer) is conv1d_class()
         self._fused_type = type(base_layer) if plain else None
         self._banks = BankKeeper()
+        self.is_read = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in) -> (..., out); further arguments go to the base layer."""
@@ -54,16 +58,17 @@ class Linear(LoraLayer):
             output: Tensor = self.base_layer(x, *args, **kwargs)
             return output
         factors = [name for name in route if name in self.r]
-        if any(self._is_observed(name) for name in factors):
+        terms = self._terms(factors)
+        if terms is None:
             return self._forward_through_modules(factors, route, x, *args, **kwargs)
-        terms = [self._term(name) for name in factors]
         base = self.base_layer
         plain = type(base) is self._fused_type and not args and not kwargs and not is_observed(base)
         if plain and self.token_adapter is None:
-            return lora_linear(x, self.weight, self.bias, terms, transposed=self.layout.transposed)
+            held = cast("nn.Linear", base)
+            return lora_linear(x, held.weight, held.bias, terms, transposed=self.layout.transposed)
         y: Tensor = base(x, *args, **kwargs)
         if self.token_adapter is not None:
-            y = self.token_adapter.in_head(y, x, route, self.bias)
+            y = self.token_adapter.in_head(y, x, route, super().bias)
         return lora_add(self._given_away(y), x, terms)
 
     def _forward_mixed(self, chosen: Chosen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -71,16 +76,19 @@ class Linear(LoraLayer):
         y: Tensor = self.base_layer(x, *args, **kwargs)
         present = self._present(chosen.names)
         if self.token_adapter is not None:
-            tokens = self.token_adapter
-            y = rows_by_sample(y, chosen, present, x, lambda y, name: tokens.in_head(y, x, [name], self.bias))
+            tokens, bias = self.token_adapter, super().bias
+            y = rows_by_sample(y, chosen, present, x, lambda y, name: tokens.in_head(y, x, [name], bias))
         factors = tuple(name for name in present if name in self.r)
         if not factors:
             return y
         groups = chosen.groups(factors, x.shape[0], x.device)
-        from lorakit.ops.grouped import lora_grouped
-
-        bank = self._banks.bank(factors, [self._term(name) for name in factors])
-        return lora_grouped(self._given_away(y), x, bank, groups)
+        terms = self._terms(factors)
+        if terms is not None:
+            return lora_grouped(self._given_away(y), x, self._banks.bank(factors, terms), groups)
+        for number in groups.used:
+            rows = (groups.ids == number).nonzero().squeeze(1)
+            y = y.index_copy(0, rows, self._add_by_modules(factors[number], y[rows], x[rows]).to(y.dtype))
+        return y
 
     def _given_away(self, y: Tensor) -> Tensor:
         """The base's output as the ops want it: they write into what is no view, and somebody may have kept this one."""
@@ -90,6 +98,16 @@ class Linear(LoraLayer):
         return (
             y.view_as(y) if torch.is_grad_enabled() else y.clone()
         )  # inference mode does not know its views
+
+    @property
+    def weight(self) -> Tensor:
+        """As `LoraLayer.weight`, but where a parent computes with it instead of calling the layer: the acting weight."""
+        return cast("Tensor", self.stand_in().weight) if self.is_read else super().weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """As `weight`."""
+        return cast("Tensor | None", self.stand_in().bias) if self.is_read else super().bias
 
     def stand_in(self) -> nn.Module:
         """A plain layer with the weight and bias that act now, for a parent that reads them instead of calling.
@@ -103,26 +121,40 @@ class Linear(LoraLayer):
             route = self._present(chosen.names)
             if route and chosen.ids is not None:
                 raise UnsupportedError(
-                    "adapters for each sample do not work inside nn.MultiheadAttention, which reads this layer's "
-                    "weight; choose one adapter for the whole batch"
+                    "adapters for each sample do not work where the parent (nn.MultiheadAttention; "
+                    "nn.TransformerEncoderLayer in eval mode) reads this layer's weight instead of calling it; "
+                    "choose one adapter for the whole batch"
                 )
         base = self.get_base_layer()
-        weight, bias = self.weight, self.bias
+        weight, bias = super().weight, super().bias
         for name in route:
+            if name not in self.r:
+                continue
             A, B, own = self.stored(name)
-            weight = weight + (B @ A * self.scaling[name]).to(weight.dtype)
+            delta = B @ A * self.scaling[name]
+            weight = weight + (delta.t() if self.layout.transposed else delta).to(weight.dtype)
             if own is not None and bias is not None:
                 bias = bias + (own * self.scaling[name]).to(bias.dtype)
         return stand_in(base, {"weight": weight, "bias": bias})
 
-    def _term(self, name: str) -> Term:
-        A, B, bias = self.stored(name)
+    def _terms(self, names: Sequence[str]) -> list[Term] | None:
+        """What the adapters add; None if something hangs on a module of theirs, which must then be called."""
+        shrinks, expands = self.lora_A._modules, self.lora_B._modules  # a batch may ask for 32 at every layer
+        terms = []
+        for name in names:
+            if name in self.tied:
+                terms.append(self._term(name, *self.stored(name)))
+                continue
+            shrink, expand = cast("nn.Linear", shrinks[name]), cast("nn.Linear", expands[name])
+            if is_observed(shrink) or is_observed(expand):
+                return None
+            terms.append(self._term(name, shrink.weight, expand.weight, expand.bias))
+        return terms
+
+    def _term(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> Term:
         dropout = self.lora_dropout[name]
         p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         return Term(A, B, bias, self.scaling[name], p)
-
-    def _is_observed(self, name: str) -> bool:
-        return any(is_observed(module) for module in self.modules_of(name))
 
     def _forward_through_modules(
         self, factors: list[str], route: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any
@@ -131,15 +163,18 @@ class Linear(LoraLayer):
         y: Tensor = self.base_layer(x, *args, **kwargs)
         dtype = y.dtype
         if self.token_adapter is not None:
-            y = self.token_adapter.in_head(y, x, route, self.bias)
+            y = self.token_adapter.in_head(y, x, route, super().bias)
         for name in factors:
-            if name in self.tied:
-                y = lora_add(y, x, [self._term(name)])
-                continue
-            A, B, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
-            parameter = next(A.parameters())
-            y = y + B(A(dropout(x.to(parameter.dtype)))) * self.scaling[name]
+            y = self._add_by_modules(name, y, x)
         return y.to(dtype)
+
+    def _add_by_modules(self, name: str, y: Tensor, x: Tensor) -> Tensor:
+        """Y and what one adapter adds, in the wider of their dtypes."""
+        if name in self.tied:
+            return lora_add(y, x, [self._term(name, *self.stored(name))])
+        A, B, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+        added: Tensor = B(A(dropout(x.to(next(A.parameters()).dtype)))) * self.scaling[name]
+        return y + added
 
     def _hold(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
         self.lora_A[name] = plain_linear(A)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorakit.ops.bank import Bank
+from lorakit.ops import Bank
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -235,7 +235,7 @@ def _add_terms(out: Tensor, x: Tensor, call: _Call, flat: Sequence[Tensor | None
         else:
             out2.add_(h @ expand, alpha=part.alpha)
         if bias is not None:
-            out2.add_(bias, alpha=part.scaling)
+            out2.add_(bias * part.scaling)  # `alpha=` would be rounded to bfloat16
         hidden.append(h)
     return hidden
 

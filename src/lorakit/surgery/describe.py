@@ -137,3 +137,8 @@ def _note_place(nodes: dict[str, Node], path: str, place: Place | None) -> None:
 def is_read_by_parent(module: nn.Module) -> bool:
     """Whether the parent reads the module's weight instead of calling it (`nn.MultiheadAttention.out_proj`)."""
     return type(module) is NonDynamicallyQuantizableLinear
+
+
+def may_read(parent: nn.Module, name: str) -> bool:
+    """Whether the parent computes with the weight of this child in eval mode, and calls it in training."""
+    return isinstance(parent, nn.TransformerEncoderLayer) and name in {"linear1", "linear2"}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorakit.layers import PARAMETER, ParamWrapper, Place, kind_of
+from lorakit.layers import PARAMETER, Linear, ParamWrapper, Place, kind_of
+from lorakit.surgery.describe import may_read
 from lorakit.surgery.naming import outermost_first
 from lorakit.weights import find_codec
 
@@ -26,6 +27,8 @@ def wrap_module(registry: AdapterRegistry, description: Description, path: str) 
     assert codec is not None
     layer = kind.layer(node.module, codec)
     _prepare(registry, layer)
+    if isinstance(layer, Linear):
+        layer.is_read = any(may_read(place.owner, place.attribute) for place in node.places)
     registry.install(path, node.places, layer)
     registry.layers[path] = layer
 

@@ -358,3 +358,62 @@ def test_autocast_and_half_precision():
     found = half.eval()(*[t.bfloat16() for t in given])[0]
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.float(), wanted, rtol=0, atol=2.0**-5 * wanted.abs().max().item())
+
+
+# ---- the other layers of nn.TransformerEncoderLayer, whose weights it reads in eval mode ------------------
+
+
+def feed_forward(name="default", **fields):
+    torch.manual_seed(0)
+    fields = {"r": 2, "lora_alpha": 3, "target_modules": ["linear1", "linear2"], **fields}
+    model = get_peft_model(Encoder().double().eval(), LoraConfig(**fields), name)
+    randomise(model, name)
+    return model.eval()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_feed_forward_adapters_act_in_the_fast_path(fast_calls, masked, biased):
+    model = feed_forward(lora_bias=biased)
+    x = draw(BATCH, TOKENS, WIDTH)
+    mask = torch.arange(TOKENS).expand(BATCH, -1) >= 3 if masked else None
+    kept = slice(0, 3) if masked else slice(None)
+
+    def run():
+        return model(x, mask)[:, : kept.stop]
+
+    wanted = run()  # the adapter's gradients keep torch from its fast path
+    with model.disable_adapter():
+        plain = run()
+    assert (wanted - plain).abs().max() > 1e-2
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.no_grad():
+            torch.testing.assert_close(run(), wanted)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    fast_calls.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(run(), wanted)
+        assert len(fast_calls) == 2
+        with model.disable_adapter():
+            torch.testing.assert_close(run(), plain)
+        with model.use_adapter([]):
+            torch.testing.assert_close(run(), plain)
+        model.merge_adapter()
+        torch.testing.assert_close(run(), wanted)
+        model.unmerge_adapter()
+        torch.testing.assert_close(model.merge_and_unload()(x, mask)[:, : kept.stop], wanted)
+
+
+def test_feed_forward_adapters_for_each_sample():
+    model = feed_forward()
+    names = ["default", "__base__", "default"]
+    x = draw(BATCH, TOKENS, WIDTH)
+    found = model.train()(x, adapter_names=names)
+    with model.disable_adapter():
+        torch.testing.assert_close(found[1], model(x)[1])
+    torch.testing.assert_close(found[2], model(x)[2])
+    with torch.no_grad(), pytest.raises(UnsupportedError, match="TransformerEncoderLayer in eval mode"):
+        model.eval()(x, adapter_names=names)
