@@ -72,9 +72,13 @@ def rank_of(layout: Layout, factor: str, tensor: Tensor) -> int:
     """The rank that a stored factor has room for; 0 where it is not stored as such, but flattened or sharded."""
     if tensor.ndim != len(layout.row) + 1:
         return 0
-    ranks = tensor.shape[0] if factor == "A" else tensor.shape[1] * layout.groups
-    rank = ranks // max(layout.experts, 1)
-    return rank if tuple(tensor.shape) == shape_of(layout, factor, rank) else 0
+    first, second, *kernel = tensor.shape
+    if factor == "A":
+        ranks, fits = first, (second, *kernel) == layout.row
+    else:
+        ranks, fits = second * layout.groups, first == layout.out and all(size == 1 for size in kernel)
+    rank, rest = divmod(ranks, max(layout.experts, 1))
+    return rank if fits and not rest else 0
 
 
 class Spot(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import cProfile
 import json
 import sys
+from dataclasses import fields
 from functools import partial
 from typing import NamedTuple
 
@@ -228,6 +229,23 @@ def test_inference_mode(folders, fresh, inside, ready):
             hotswap_adapter(model, folders / name, "default")
         with torch.inference_mode():
             assert_is(model, fresh[name])
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_stacks_for_mixed_batches_hold_the_new_factors(tmp_path, trains):
+    for r in (2, 4, 6):
+        with_adapter(tiny(), seed=r, r=r, lora_alpha=3 + r).save_pretrained(tmp_path / str(r))
+    model = with_adapter(tiny())
+    another(model, "other")
+    names = ["default", "other"]
+    for r in (4, 2, 6, 4):
+        with torch.set_grad_enabled(trains):
+            before = model(ids(), adapter_names=names).detach()
+            hotswap_adapter(model, tmp_path / str(r), "default")
+            found = model(ids(), adapter_names=names).detach()
+        assert (found[0] - before[0]).abs().max() > 1e-3
+        assert_near(found[0], logits(PeftModel.from_pretrained(tiny(), tmp_path / str(r)))[0])
+        assert_near(found[1], before[1])
 
 
 def test_dropout_is_the_new_ones(tmp_path):
@@ -524,6 +542,28 @@ def test_the_callers_config_is_never_changed(folders):
     assert mine.to_dict() == before
 
 
+def test_every_field_is_one_that_a_swap_follows_or_refuses():
+    """A new field of the config is refused until somebody has decided what a swap does with it."""
+    from lorakit.hotswap.newcomer import _MAY_DIFFER
+
+    must_agree = {field.name for field in fields(lorakit.LoraConfig)} - _MAY_DIFFER
+    assert must_agree == {
+        *("lora_bias", "ensure_weight_tying", "layer_replication", "megatron_config"),
+        *("use_dora", "velora_config", "alora_invocation_tokens", "use_qalora", "qalora_group_size"),
+        *("monteclora_config", "use_bdlora", "arrow_config", "kasa_config"),
+    }
+
+
+@pytest.mark.parametrize("scheme", ["pissa", "pissa_niter_4", "olora", "corda", "lora_ga"])
+def test_an_adapter_that_changed_the_base_stays(folders, scheme):
+    model = adapted_zoo(seed=9)
+    model.peft_config["default"].init_lora_weights = scheme
+    before = Picture(model)
+    with pytest.raises(PlanError, match="changed the base"):
+        hotswap_adapter(model, folders / "same", "default")
+    before.assert_same(model)
+
+
 # ---- interrupts ---------------------------------------------------------------------------------------
 
 
@@ -648,6 +688,29 @@ def test_making_room_changes_nothing_that_is_computed_or_saved(folders, tmp_path
         assert (tmp_path / file).read_bytes() == (folders / "patterned" / file).read_bytes()
     prepare_model_for_compiled_hotswap(model, target_rank=8)  # once more is nothing new
     assert identities(model) == kept
+
+
+def test_room_while_merged():
+    model = with_adapter(tiny())
+    wanted = logits(model)
+    model.merge_adapter()
+    merged = logits(model)
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    assert torch.equal(logits(model), merged)
+    model.unmerge_adapter()
+    assert_near(logits(model), wanted)
+
+
+def test_replacing_a_prepared_adapter_makes_it_an_ordinary_one(folders, fresh):
+    model = adapted_zoo(seed=9)
+    prepare_model_for_compiled_hotswap(model, target_rank=8)
+    model.load_adapter(folders / "small", "default", replace=True)
+    assert_is(model, fresh["small"])
+    layer = registry_of(model).layers["line"]
+    assert type(layer.scaling["default"]) is float
+    assert layer.stored("default").A.shape == (2, 8)
+    hotswap_adapter(model, folders / "large", "default")
+    assert_is(model, fresh["large"])
 
 
 def test_scalings_alone():

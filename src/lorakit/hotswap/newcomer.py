@@ -29,7 +29,6 @@ _TARGETING = (
     "modules_to_save",
     "bias",
     "trainable_token_indices",
-    "task_type",
 )
 """The fields that decide where an adapter is."""
 
@@ -38,7 +37,7 @@ _MAY_DIFFER = frozenset(
         *_TARGETING,
         *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout", "fan_in_fan_out"),
         *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-        *("peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+        *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
         *("inference_mode", "extra", "runtime_config", "megatron_core"),
     }
 )

@@ -31,9 +31,10 @@ def prepare_model_for_compiled_hotswap(
 ) -> None:
     """Make room for other adapters, so that swapping them in compiles nothing again.
 
-    Every adapter of the model gets parameters of rank `target_rank`, filled with zeros, and its scalings become 0-d
-    tensors (in fp64, so that nothing is rounded). What the model computes and what is saved stays the same. Gradients are
-    dropped, and an optimiser should be made afterwards.
+    Every adapter that is on the model now gets parameters of rank `target_rank`, filled up with zeros, and its scalings
+    become 0-d tensors (in fp64, so that nothing is rounded). What the model computes and what is saved stays the same.
+    Gradients are dropped, and an optimiser should be made afterwards. `load_adapter(replace=True)` makes an adapter an
+    ordinary one again.
 
     Args:
         model: a `PeftModel` or a model that adapters were injected into, on its device and not yet compiled.
