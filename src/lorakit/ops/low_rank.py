@@ -52,6 +52,8 @@ class LowRank(NamedTuple):
 
     def truncated(self, rank: int) -> LowRank:
         """The first `rank` triplets: the best approximation of W with that rank (Eckart and Young, 1936)."""
+        if rank >= self.S.shape[0]:
+            return self
         rest = math.hypot(self.rest, _norm(self.S[rank:]))
         return LowRank(self.U[:, :rank], self.S[:rank], self.Vh[:rank], self.energy, rest)
 
@@ -118,7 +120,7 @@ def truncated_svd(W: Tensor, rank: int, *, tol: float = 1e-5) -> LowRank:
     if unit != 1.0:
         W = W / unit
     # by rows: one float32 sum over 16 M squares is wrong in the fourth digit
-    norm = _norm(torch.linalg.vector_norm(W, dim=1))
+    norm = float(torch.linalg.vector_norm(torch.linalg.vector_norm(W, dim=1), dtype=torch.float64))
     found = None
     blocks = min(W.shape) // 2 // max(count, _SMALLEST_BLOCK)
     if blocks >= _FEWEST_BLOCKS - math.log10(tol):
@@ -296,13 +298,15 @@ def _blocks_to_go(history: Sequence[tuple[int, float]]) -> int:
 
 def _oriented(svd: LowRank) -> LowRank:
     """The same with the largest entry of each column of U positive."""
-    rows = svd.U.mT.contiguous()  # extremes of a few long rows: 4 us, of a few columns: 45 (1024 x 16)
-    signs = torch.where(-rows.amin(dim=1) > rows.amax(dim=1), -1.0, 1.0).to(svd.U.dtype)
+    low, high = torch.aminmax(
+        svd.U.mT.contiguous(), dim=1
+    )  # of a few long rows: 5 us, of columns: 30 (1024 x 16)
+    signs = torch.where(low + high < 0, -1.0, 1.0).to(svd.U.dtype)
     return svd._replace(U=svd.U * signs, Vh=svd.Vh * signs[:, None])
 
 
 def _norm(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64))
+    return math.hypot(*values.tolist())  # of some dozens: 3 us, against 20 in torch
 
 
 def _normal(rows: int, columns: int, like: Tensor) -> Tensor:
