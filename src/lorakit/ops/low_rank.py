@@ -298,9 +298,8 @@ def _blocks_to_go(history: Sequence[tuple[int, float]]) -> int:
 
 def _oriented(svd: LowRank) -> LowRank:
     """The same with the largest entry of each column of U positive."""
-    low, high = torch.aminmax(
-        svd.U.mT.contiguous(), dim=1
-    )  # of a few long rows: 5 us, of columns: 30 (1024 x 16)
+    # extremes of a few long rows take 5 us, those of columns 30 (1024 x 16)
+    low, high = torch.aminmax(svd.U.mT.contiguous(), dim=1)
     signs = torch.where(low + high < 0, -1.0, 1.0).to(svd.U.dtype)
     return svd._replace(U=svd.U * signs, Vh=svd.Vh * signs[:, None])
 
