@@ -174,7 +174,8 @@ def _seen(tensor: Tensor, same: SameAs) -> Tensor:
 def without_absent_ties(plan: Plan, names: Collection[str]) -> Plan:
     """Leave out modules that are in the plan by ties alone, and of which a file holds nothing.
 
-    PEFT does not know every tie that a model has; where it does not, `ensure_weight_tying` has no effect.
+    PEFT does not know every tie that a model has; where it does not, `ensure_weight_tying` has no effect. Said in the
+    plan's notes, for a damaged file may look like that.
 
     Args:
         plan: with `ensure_weight_tying`.
@@ -189,9 +190,14 @@ def without_absent_ties(plan: Plan, names: Collection[str]) -> Plan:
     }
     theirs |= {path: {f"{path}.weight"} for path in plan.modules_to_save}
     absent = {path for path in plan.added if theirs[path].isdisjoint(names)}
+    notes = [
+        f"{path}: is tied to what this adapter changes, but the file has nothing for it; it carries no adapter"
+        for path in sorted(absent)
+    ]
     return _apart(
         replace(
             plan,
+            notes=(*plan.notes, *notes),
             specs=tuple(spec for spec in plan.specs if spec.path not in absent),
             modules_to_save=tuple(path for path in plan.modules_to_save if path not in absent),
             added=tuple(path for path in plan.added if path not in absent),

@@ -134,7 +134,7 @@ def _spelled_out_rows(rows: dict[str, list[int]], specs: dict[str, TokenSpec]) -
     for name, indices in rows.items():
         paths = [path for path in specs if f".{path}".endswith(f".{name}")]
         tied = any(specs[path].tied_to for path in paths)
-        found.update(dict.fromkeys(paths if tied else [name], indices))
+        found.update({path: list(indices) for path in (paths if tied else [name])})
     sources = {spec.tied_to for spec in specs.values() if spec.tied_to in specs}
     for source in sources:  # asked for only by way of a module that is tied to it
         if source is not None and not any(f".{source}".endswith(f".{name}") for name in found):

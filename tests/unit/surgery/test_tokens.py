@@ -641,6 +641,17 @@ def test_a_model_that_is_moved():
     torch.testing.assert_close(logits_of(peft), output, **CLOSE)
 
 
+@pytest.mark.parametrize("reads", [False, True])
+def test_compiled_in_one_graph(reads):
+    peft = on_words(reads=reads)
+    peft.add_adapter("other", config({"words": OTHERS, "out": OTHERS}, target_modules=[]))
+    randomise(peft, "other", 5)
+    peft.set_adapter(["default", "other"])
+    output = peft(IDS)
+    compiled = torch.compile(peft, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(IDS), output, **CLOSE)
+
+
 def test_resizing_is_for_before():
     """Transformers refuses to resize an embedding that it does not know; nothing is lost by it."""
     peft = make()
