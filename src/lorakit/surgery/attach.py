@@ -77,6 +77,8 @@ def put(
             undo.callback(_forget, registry)
             _freeze(registry)
             set_registry(model, registry)
+        if not registry.configs:
+            registry.shared = _shared(model)
         if plan.replication is not None:
             undo.callback(registry.replicate, None)
             registry.replicate(plan.replication)
@@ -211,12 +213,16 @@ def _slots(registry: AdapterRegistry, plan: Plan) -> dict[str, ParameterSlot]:
 def _freeze(registry: AdapterRegistry) -> None:
     named = list(registry.model.named_parameters(remove_duplicate=False))
     registry.flags = {name: parameter.requires_grad for name, parameter in named}
-    names: dict[int, list[str]] = {}
-    for name, parameter in named:
-        names.setdefault(id(parameter), []).append(name)
-    registry.shared = tuple(tuple(group) for group in names.values() if len(group) > 1)
     for _, parameter in named:
         parameter.requires_grad = False
+
+
+def _shared(model: torch.nn.Module) -> tuple[tuple[str, ...], ...]:
+    """The names of every parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return tuple(tuple(group) for group in names.values() if len(group) > 1)
 
 
 def thaw(registry: AdapterRegistry) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 import warnings
 import zlib
 from contextlib import nullcontext
@@ -459,6 +460,56 @@ def test_factors_on_a_module_that_ties_make_whole():
     with pytest.raises(PlanError, match="lm_head"):
         get_peft_model(model, LoraConfig(**fields, ensure_weight_tying=True))
     before.assert_same(model)
+
+
+def test_a_base_that_was_tied_after_its_adapters_left():
+    """What is shared is looked at when the first adapter comes, also the first of a second time."""
+    peft = make("llama", False, Row("target_modules", False, "head"))
+    base = peft.get_base_model()
+    peft.delete_adapter("default")
+    base.lm_head.weight = base.model.embed_tokens.weight
+    base.config.tie_word_embeddings = True
+    with pytest.warns(UserWarning, match="of the tied modules"):
+        peft.add_adapter("default", LoraConfig(**Row("target_modules", False, "head").config("llama")))
+    fill(peft, "default", 3)
+    output = logits_of(peft)
+    with pytest.warns(UserWarning, match="shared a weight"):
+        model = peft.merge_and_unload()
+    assert not model.config.tie_word_embeddings
+    torch.testing.assert_close(logits_of(model), output, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        Row("target_modules", True, "one"),
+        Row("modules_to_save", True, "one"),
+        Row("trainable_token_indices", False, "list"),
+        Row("target_modules", False, "both"),
+    ],
+    ids=str,
+)
+def test_replacing_that_fails_late_brings_ties_back(kind, row, tmp_path, monkeypatch):
+    make(kind, True, Row("trainable_token_indices", False, "head")).save_pretrained(tmp_path)
+    peft = make(kind, True, row)
+    output, shape = logits_of(peft), spread(peft)[:2]
+    flags = {name: p.requires_grad for name, p in peft.named_parameters()}
+    calls = []
+
+    def fail_once(*_args):
+        calls.append(1)
+        if len(calls) == 1:
+            raise MemoryError
+
+    monkeypatch.setattr(sys.modules["lorakit.surgery.attach"], "_add_slots", fail_once)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tied")
+        with pytest.raises(MemoryError):
+            peft.load_adapter(tmp_path, "default", replace=True)
+    assert torch.equal(logits_of(peft), output)
+    assert spread(peft)[:2] == shape
+    assert {name: p.requires_grad for name, p in peft.named_parameters()} == flags
 
 
 def test_ranks_of_tied_modules_are_one():
