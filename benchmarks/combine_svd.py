@@ -17,8 +17,8 @@ from peft.utils.merge_utils import magnitude_based_pruning
 from torch import nn
 
 from benchmarks.timing import Row, interleave, save
-from lorakit.combine import CombineOptions, combine
-from lorakit.combine.pruning import largest
+from lorakit.combiners import CombineOptions, combine
+from lorakit.combiners.pruning import largest
 from lorakit.types import Factors
 
 if TYPE_CHECKING:

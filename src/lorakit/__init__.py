@@ -59,8 +59,10 @@ if TYPE_CHECKING:
         PeftModelForSequenceClassification,
         PeftModelForTokenClassification,
     )
+    from lorakit.tools import combine
     from lorakit.tuner import LoraModel
     from lorakit.types import Factors
+    from lorakit.weighted import CombineReport
 
 __version__ = "0.1.0"
 
@@ -113,9 +115,11 @@ _HOMES = {
         "PeftModelForSequenceClassification",
         "PeftModelForTokenClassification",
     ),
+    "tools": ("combine",),
     "tuner": ("LoraModel",),
     "specs": ("AdapterSpec",),
     "types": ("Factors",),
+    "weighted": ("CombineReport",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from lorakit.checkpoint.combining import combine_adapters
-from lorakit.combine import CombineOptions
+from lorakit.combiners import CombineOptions
 
 if TYPE_CHECKING:
     import os

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 from tqdm.auto import tqdm
 
-from lorakit.combine import CombineOptions
+from lorakit.combiners import CombineOptions
 from lorakit.config import LoraConfig, check_adapter_name
 from lorakit.errors import AdapterStateError, ConfigError
 from lorakit.surgery import (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from lorakit.combine import CombineOptions, check_request, combine
+from lorakit.combiners import CombineOptions, check_request, combine
 from lorakit.config import check_adapter_name
 from lorakit.errors import AdapterNameError, UnsupportedError
 from lorakit.layers import Embedding, ParamWrapper, attention_parts
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lorakit.combine import Combined
+    from lorakit.combiners import Combined
     from lorakit.config import LoraConfig
     from lorakit.layers import LoraLayer
     from lorakit.specs import AdapterSpec
@@ -111,24 +111,26 @@ def _combined_blocks(registry: AdapterRegistry, asked: Asked) -> tuple[Blocks, C
         if not names:
             continue
         with at_path(path):
-            results = _combine_layer(layer, names, asked)
+            results = _combine_layer(path, layer, names, asked)
         found[path] = tuple(result.factors for result in results)
         report.kept[path] = min(result.kept for result in results)
         report.ranks[path] = max(result.factors.rank for result in results) * layer.layout.groups
     return found, report
 
 
-def _combine_layer(layer: LoraLayer, names: list[tuple[str, float]], asked: Asked) -> list[Combined]:
+def _combine_layer(
+    path: str, layer: LoraLayer, names: list[tuple[str, float]], asked: Asked
+) -> list[Combined]:
     each = [layer.blocks(name) for name, _ in names]
     weights = [weight for _, weight in names]
-    options = asked.options
-    if options.rank is not None and layer.layout.groups > 1:
-        options = replace(options, rank=max(1, options.rank // layer.layout.groups))
     if len(names) < len(asked.names) and asked.method == "slerp":
         raise UnsupportedError(
             "slerp is between two deltas, and only one of the adapters is on this layer; use 'sum' or 'svd'"
         )
-    return [combine(parts, weights, asked.method, options) for parts in zip(*each, strict=True)]
+    return [
+        combine(parts, weights, asked.method, asked.options.of_block(path, number, layer.layout.groups))
+        for number, parts in enumerate(zip(*each, strict=True))
+    ]
 
 
 def _as_planned(blocks: tuple[Factors, ...], spec: AdapterSpec) -> tuple[Factors, ...]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from lorakit.combine import METHODS, CombineOptions, combine
+from lorakit.combiners import METHODS, CombineOptions, combine
 from lorakit.types import Factors
 from models import bits, random_factors
 

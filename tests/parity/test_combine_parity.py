@@ -9,7 +9,7 @@ import torch
 from peft.utils import merge_utils
 from torch.nn import Linear
 
-from lorakit.combine import METHODS, CombineOptions, combine
+from lorakit.combiners import METHODS, CombineOptions, combine
 from lorakit.types import Factors
 from parity.models import NAMED_WARNINGS, build, peft, randomize
 

@@ -8,7 +8,7 @@ import torch
 from integration.oracle import KINDS, ids, zoo
 from lorakit import LoraConfig, PeftModel, get_peft_model
 from lorakit.errors import AdapterNameError, AdapterStateError, ConfigError, NonFiniteError, UnsupportedError
-from models import Snapshot, another, logits, randomise, tiny_llama, with_adapter
+from models import Snapshot, another, logits, randomise, tiny, tiny_llama, with_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* targeted convolutions are grouped:UserWarning")
 WEIGHTS = [0.7, -0.4]
@@ -292,3 +292,19 @@ def test_a_failure_while_putting_it_on_changes_nothing(monkeypatch):
     with pytest.raises(AdapterStateError, match="broken"):
         peft.add_weighted_adapter(["a", "b"], [1, 1], "new", "sum")
     before.assert_same(peft)
+
+
+def test_random_pruning_differs_from_weight_to_weight_and_is_the_same_each_time():
+    same = {"target_modules": ["q_proj", "v_proj"]}
+    peft = pair(same, same, tiny(), ranks=(4, 4))
+    for name in "ab":
+        for layer in peft.base_model.registry.layers.values():
+            for parameter in layer.parameters_of(name):
+                torch.nn.init.ones_(parameter)
+    kept = {}
+    for name in ("one", "two"):
+        peft.add_weighted_adapter(["a", "b"], [1.0, 1.0], name, "dare_linear", density=0.5, seed=3)
+        kept[name] = [layer.stored(name).A != 0 for layer in peft.base_model.registry.layers.values()]
+    assert all(map(torch.equal, kept["one"], kept["two"]))
+    patterns = {tuple(mask.flatten().tolist()) for mask in kept["one"]}
+    assert len(patterns) == len(kept["one"]) > 1

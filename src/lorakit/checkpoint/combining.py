@@ -19,7 +19,7 @@ from lorakit.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, present
 from lorakit.checkpoint.keys import to_file_key
 from lorakit.checkpoint.sites import ROWS, Site, carries_parameters, owner_of, read_source
 from lorakit.checkpoint.writing import write_adapter
-from lorakit.combine import check_request, combine
+from lorakit.combiners import check_request, combine
 from lorakit.errors import AdapterError, ConfigError, UnsupportedError
 from lorakit.layouts import filled
 from lorakit.types import Factors
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lorakit.checkpoint.sites import Source
-    from lorakit.combine import CombineOptions
+    from lorakit.combiners import CombineOptions
     from lorakit.config import LoraConfig
 
 
@@ -96,13 +96,12 @@ def _combined_sites(
             raise UnsupportedError(
                 f"{path}: slerp is between two deltas, and only one adapter is on this weight"
             )
-        own = options
-        if options.rank is not None and layout.groups > 1:
-            own = replace(options, rank=max(1, options.rank // layout.groups))
         try:
             blocks = [
-                combine(parts, [w for _, w in mine], method, own).factors
-                for parts in zip(*(site.blocks for site, _ in mine), strict=True)
+                combine(
+                    parts, [w for _, w in mine], method, options.of_block(path, number, layout.groups)
+                ).factors
+                for number, parts in enumerate(zip(*(site.blocks for site, _ in mine), strict=True))
             ]
         except AdapterError as error:
             error.args = (f"{path}: {error}", *error.args[1:])

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorakit.combine.checking import all_finite, check_parts, check_request
-from lorakit.combine.options import Combined, CombineOptions, Job
-from lorakit.combine.registry import METHODS
+from lorakit.combiners.checking import all_finite, check_parts, check_request
+from lorakit.combiners.options import Combined, CombineOptions, Job
+from lorakit.combiners.registry import METHODS
 from lorakit.errors import NonFiniteError
 from lorakit.types import Factors
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorakit.combine.options import Combined
-from lorakit.combine.pruning import largest
-from lorakit.combine.reducing import reduced_dense
+from lorakit.combiners.options import Combined
+from lorakit.combiners.pruning import largest
+from lorakit.combiners.reducing import reduced_dense
 from lorakit.types import Factors
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lorakit.combine.options import Job
+    from lorakit.combiners.options import Job
 
     Prune = Callable[[Tensor, Job], Tensor]
     Merge = Callable[[Iterable[Tensor], Sequence[float], Job], Tensor]

@@ -6,8 +6,8 @@ import math
 
 import torch
 
-from lorakit.combine.options import Combined, Job
-from lorakit.combine.reducing import largest_rank, reduced
+from lorakit.combiners.options import Combined, Job
+from lorakit.combiners.reducing import largest_rank, reduced
 from lorakit.ops import frobenius_norm
 from lorakit.ops.low_rank import low_rank_svd
 from lorakit.types import Factors

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import pad
 
-from lorakit.combine.options import Combined
+from lorakit.combiners.options import Combined
 from lorakit.errors import ConfigError
 from lorakit.ops.low_rank import padded_rows, truncated_svd
 from lorakit.types import Factors
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lorakit.combine.options import Job
+    from lorakit.combiners.options import Job
     from lorakit.ops.low_rank import LowRank
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -47,6 +48,20 @@ class CombineOptions:
     energy: float | None = None
     t: float | None = None
     epsilon: float | None = None
+
+    def of_block(self, path: str, number: int, groups: int) -> CombineOptions:
+        """The options for one block of the weight at a path: its share of the rank, and random numbers of its own.
+
+        Args:
+            path: where the weight is.
+            number: of the block.
+            groups: how many blocks share the rank (the groups of a convolution).
+        """
+        seed = self.seed
+        if isinstance(seed, int):  # or weights of one shape would all lose the same elements
+            seed ^= zlib.crc32(f"{path}:{number}".encode())
+        rank = self.rank if self.rank is None or groups == 1 else max(1, self.rank // groups)
+        return replace(self, seed=seed, rank=rank)
 
 
 class Combined(NamedTuple):

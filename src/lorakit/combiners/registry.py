@@ -9,11 +9,11 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lorakit.combine.elementwise import on_deltas, on_factors, sce, whole
-from lorakit.combine.factored import cat, exact_sum, slerp, svd
-from lorakit.combine.merging import elected_mean, weighted_sum
-from lorakit.combine.options import Method
-from lorakit.combine.pruning import drop_by_rank, drop_random, keep_largest
+from lorakit.combiners.elementwise import on_deltas, on_factors, sce, whole
+from lorakit.combiners.factored import cat, exact_sum, slerp, svd
+from lorakit.combiners.merging import elected_mean, weighted_sum
+from lorakit.combiners.options import Method
+from lorakit.combiners.pruning import drop_by_rank, drop_random, keep_largest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

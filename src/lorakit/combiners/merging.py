@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lorakit.combine.options import Job
+    from lorakit.combiners.options import Job
 
 
 def weighted_sum(tensors: Iterable[Tensor], weights: Sequence[float], _job: Job) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from lorakit.combine.checking import check_request
-from lorakit.combine.options import Combined, CombineOptions
-from lorakit.combine.registry import METHODS
-from lorakit.combine.run import combine
+from lorakit.combiners.checking import check_request
+from lorakit.combiners.options import Combined, CombineOptions
+from lorakit.combiners.registry import METHODS
+from lorakit.combiners.run import combine
 
 __all__ = ["METHODS", "CombineOptions", "Combined", "check_request", "combine"]

@@ -13,7 +13,7 @@ from lorakit.ops import tile_rows
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lorakit.combine.options import Job
+    from lorakit.combiners.options import Job
 
 _SAMPLE = 2**14  # elements that a window around the threshold is read from
 _WINDOW = 4.0  # half its width in standard deviations of the sample's quantile: missed once in 15 000 times

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorakit.combine.registry import METHODS
+from lorakit.combiners.registry import METHODS
 from lorakit.config import NearNames
 from lorakit.errors import ConfigError, NonFiniteError, bullet_list
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from lorakit.combine.options import CombineOptions, Method
+    from lorakit.combiners.options import CombineOptions, Method
     from lorakit.types import Factors
 
 _DRIVERS = (None, "gesvd", "gesvdj", "gesvda")
