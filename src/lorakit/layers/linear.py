@@ -68,7 +68,7 @@ class Linear(LoraLayer):
             return lora_linear(x, held.weight, held.bias, terms, transposed=self.layout.transposed)
         y: Tensor = base(x, *args, **kwargs)
         if self.token_adapter is not None:
-            y = self.token_adapter.in_head(y, x, route, super().bias)
+            y = self.token_adapter.in_head(y, x, route, getattr(self.base_layer, "bias", None))
         return lora_add(self._given_away(y), x, terms)
 
     def _forward_mixed(self, chosen: Chosen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -76,7 +76,7 @@ class Linear(LoraLayer):
         y: Tensor = self.base_layer(x, *args, **kwargs)
         present = self._present(chosen.names)
         if self.token_adapter is not None:
-            tokens, bias = self.token_adapter, super().bias
+            tokens, bias = self.token_adapter, getattr(self.base_layer, "bias", None)
             y = rows_by_sample(y, chosen, present, x, lambda y, name: tokens.in_head(y, x, [name], bias))
         factors = tuple(name for name in present if name in self.r)
         if not factors:
@@ -163,7 +163,7 @@ class Linear(LoraLayer):
         y: Tensor = self.base_layer(x, *args, **kwargs)
         dtype = y.dtype
         if self.token_adapter is not None:
-            y = self.token_adapter.in_head(y, x, route, super().bias)
+            y = self.token_adapter.in_head(y, x, route, getattr(self.base_layer, "bias", None))
         for name in factors:
             y = self._add_by_modules(name, y, x)
         return y.to(dtype)
