@@ -122,8 +122,10 @@ def load_onto(
     plan, tensors = with_ties_as_found(plan, tensors, str(file.weights_path))
     if missing:
         tensors = fill(plan, tensors)
+    before = find_registry(model)
+    is_first = before is None or not before.configs
     registry = _put(model, plan, name, tensors)
-    if not registry.active:
+    if is_first:
         registry.set_active([name], inference_mode=not options.is_trainable)
     elif name in registry.active and options.is_trainable:  # it took the place of one that was active
         for item in registry.tensors(name):

@@ -373,3 +373,12 @@ def test_the_cost_does_not_grow_with_the_adapters_already_there(saved):
     peft.eval()
     counts = [calls_of(lambda i=i: peft.load_adapter(saved, f"number{i}")) for i in range(12)]
     assert counts[-1] <= 1.02 * counts[1]
+
+
+def test_only_the_first_adapter_is_activated(tmp_path):
+    with_adapter(tiny(), "a").save_pretrained(tmp_path)
+    peft = PeftModel.from_pretrained(tiny(), tmp_path / "a")
+    assert peft.active_adapters == ["default"]
+    peft.set_adapter([])
+    peft.load_adapter(tmp_path / "a", "other")
+    assert peft.active_adapters == []
