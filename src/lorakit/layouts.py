@@ -103,7 +103,7 @@ class Layout:
         As = torch.stack([filled(block.A, rank, dim=0) for block in blocks])
         Bs = torch.stack([filled(block.B, rank, dim=1) for block in blocks])
         if self.experts:
-            B = Bs.permute(1, 2, 0).reshape(self.out, -1)
+            B = Bs.flatten(1).t().reshape(self.out, -1)
         else:
             B = Bs.reshape(self.out, rank, *pointwise)
         biases = [block.bias for block in blocks if block.bias is not None]

@@ -151,7 +151,8 @@ def file_entries(registry: AdapterRegistry, name: str) -> list[Entry]:
     """
     registry.check_known([name])
     mine = {path: layer for path, layer in registry.layers.items() if name in layer.adapters}
-    empty = [path for path, layer in mine.items() if _holds_nothing(layer, name)]
+    shared = {layer.tied[name] for layer in mine.values() if name in layer.tied}
+    empty = [path for path, layer in mine.items() if layer not in shared and _holds_nothing(layer, name)]
     if empty:
         targets = Targets(registry.configs[name])
         mine = {
@@ -214,7 +215,8 @@ class Targets:
 
 def _holds_nothing(layer: LoraLayer, name: str) -> bool:
     """Whether both factors of an adapter's own are zero: no other adapter is so than one that lacks the layer."""
-    if name not in layer.r or layer.is_tied or (layer.token_adapter and name in layer.token_adapter.adapters):
+    has_rows = layer.token_adapter is not None and name in layer.token_adapter.adapters
+    if name not in layer.r or name in layer.tied or has_rows:
         return False
     stored = layer.stored(name)
     return not any(_has_numbers(factor.detach()) for factor in (stored.A, stored.B))

@@ -978,6 +978,18 @@ def test_tied_modules(tmp_path, what, ready):
         assert_is(PeftModel.from_pretrained(tiny_llama(tie=True), tmp_path / str(number)), wanted)
 
 
+@pytest.mark.parametrize("what", ["factors", "whole"])
+def test_a_file_in_which_tied_modules_differ(tmp_path, what):
+    changes = {"target_modules": ["q_proj"], "ensure_weight_tying": True, **TIED[what]}
+    with_adapter(tiny_llama(tie=True), seed=2, **changes).save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors[next(k for k in tensors if "lm_head" in k)].add_(1))
+    model = with_adapter(tiny_llama(tie=True), seed=9, **changes)
+    before = Picture(model)
+    with pytest.raises(AdapterFormatError, match="tied modules differ"):
+        hotswap_adapter(model, tmp_path, "default")
+    before.assert_same(model)
+
+
 def test_a_tied_layer_cannot_be_taken_off(tmp_path):
     changes = {"ensure_weight_tying": True}
     with_adapter(tiny_llama(tie=True), target_modules=["q_proj"], modules_to_save=None).save_pretrained(

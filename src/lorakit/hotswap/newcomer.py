@@ -78,7 +78,7 @@ class Newcomer(NamedTuple):
         problems = _differences(former, config)
         layers = {path: layer for path, layer in registry.layers.items() if name in layer.adapters}
         alike = all(getattr(former, field) == getattr(config, field) for field in _TARGETING)
-        if alike and not any(layer.is_tied for layer in layers.values()):
+        if alike and not config.ensure_weight_tying:  # a plan knows what must be equal in the file
             plan = None
             settings = _settings(config, layers, name, problems)
             config = replace(config, fan_in_fan_out=former.fan_in_fan_out)
@@ -178,7 +178,7 @@ def _not_to_be_emptied(paths: Collection[str], registry: AdapterRegistry, name: 
         layer = registry.layers[path]
         suffixes = {item.file_suffix for item in layer.tensors(name)} if name in layer.r else set()
         more = suffixes - FACTORS.keys() - {"lora_B.bias"}
-        if more or (name in layer.r and layer.is_tied):
+        if more or name in layer.tied:
             problems.append(
                 f"{path}: the new adapter is not on this layer, and the old one cannot be taken off it"
             )

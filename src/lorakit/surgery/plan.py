@@ -157,6 +157,8 @@ def make_plan(
     if not (specs or tokens or problems):
         problems.append(
             "target_modules matches no module of this model" + near_targets(resolved, description)
+            if resolved.target_modules or not resolved.target_parameters
+            else "target_parameters matches no parameter of this model"
         )
     problems += loose if source == "user" else []
     if problems:
