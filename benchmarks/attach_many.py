@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorakit
+from benchmarks.models import narrow_llama
 from benchmarks.timing import Row, save
 
 with warnings.catch_warnings():
@@ -33,22 +33,6 @@ if TYPE_CHECKING:
 
 LIBRARIES = {"lorakit": lorakit, "PEFT": peft}
 FIELDS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-
-
-def base(layers: int) -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -72,7 +56,7 @@ def measure(layers: int, counts: list[int], rounds: int) -> dict[str, dict[str, 
     def note(operation: str, library: str, milliseconds: float) -> None:
         found.setdefault(operation, {}).setdefault(library, []).append(milliseconds)
 
-    plain = base(layers)
+    plain = narrow_llama(layers)
     ids = torch.arange(12).view(2, 6)
     with tempfile.TemporaryDirectory() as folder:
         first = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(**FIELDS, init_lora_weights=False))

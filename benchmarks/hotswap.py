@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorakit
+from benchmarks.models import narrow_llama
 from benchmarks.timing import Row, interleave, save
 
 with warnings.catch_warnings():
@@ -49,28 +49,12 @@ CASES = (
 )
 
 
-def base(layers: int) -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
 def write(folder: Path, layers: int, rank: int, seed: int) -> Path:
     """An adapter in which no factor is zero."""
     config = lorakit.LoraConfig(
         r=rank, lora_alpha=16 + seed, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    model = lorakit.get_peft_model(base(layers), config)
+    model = lorakit.get_peft_model(narrow_llama(layers), config)
     torch.manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -88,8 +72,8 @@ def logits(model: nn.Module) -> torch.Tensor:
 def measure(case: Case, layers: int, root: Path, rounds: int) -> tuple[Row, float]:
     places = [write(root / f"{rank} {seed}", layers, rank, seed) for seed, rank in enumerate(case.ranks)]
     models = {
-        "lorakit": lorakit.PeftModel.from_pretrained(base(layers), places[0]),
-        "PEFT": peft.PeftModel.from_pretrained(base(layers), str(places[0])).eval(),
+        "lorakit": lorakit.PeftModel.from_pretrained(narrow_llama(layers), places[0]),
+        "PEFT": peft.PeftModel.from_pretrained(narrow_llama(layers), str(places[0])).eval(),
     }
     if case.prepared:
         lorakit.prepare_model_for_compiled_hotswap(models["lorakit"], target_rank=ROOM)
