@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from unit.combiners import naive
 
 from lorakit.combiners import CombineOptions, combine
 from lorakit.types import Factors
+from unit.combiners import naive
 
 sizes = st.integers(1, 24)
 numbers = st.floats(-4, 4).filter(lambda value: value == 0 or abs(value) > 1e-3)

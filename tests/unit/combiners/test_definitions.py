@@ -7,10 +7,10 @@ from functools import partial
 
 import pytest
 import torch
-from unit.combiners import naive
 
 from lorakit.combiners import CombineOptions, combine
 from lorakit.types import Factors
+from unit.combiners import naive
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 # The parts are given to both sides, so a result is off by the rounding of its own dtype alone.

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from unit.combiners import naive
 
 from lorakit.combiners import CombineOptions, merging, pruning
 from lorakit.combiners.options import Job
+from unit.combiners import naive
 
 BIG = 4 * pruning._SAMPLE + 1  # the first size that the threshold is sought in a window
 

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from unit.combiners import naive
 
 from lorakit.combiners import METHODS, CombineOptions, check_request, combine
 from lorakit.errors import ConfigError, NonFiniteError
 from lorakit.types import Factors
+from unit.combiners import naive
 
 NONE = CombineOptions()
 
