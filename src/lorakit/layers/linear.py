@@ -95,9 +95,8 @@ class Linear(LoraLayer):
         kept = type(self.base_layer) is not self._fused_type or may_keep_output(self.base_layer)
         if not kept:
             return y
-        return (
-            y.view_as(y) if torch.is_grad_enabled() else y.clone()
-        )  # inference mode does not know its views
+        # inference mode does not know its views
+        return y.view_as(y) if torch.is_grad_enabled() else y.clone()
 
     @property
     def weight(self) -> Tensor:
