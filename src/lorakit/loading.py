@@ -7,7 +7,7 @@ and only then the model. No initialiser runs for tensors that the file has, no p
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorakit.checkpoint.hub import resolve_adapter
 from lorakit.checkpoint.keys import to_file_key
@@ -29,7 +29,7 @@ from lorakit.surgery.naming import tied_names
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Mapping, MutableMapping
 
     from torch import Tensor, nn
 
@@ -189,7 +189,9 @@ def _put(model: nn.Module, plan: Plan, name: str, tensors: Mapping[str, Tensor])
     registry = find_registry(model)
     if registry is None or name not in registry.configs:
         return attach(model, plan, name, tensors=tensors)
-    former = {item.file_name: item.tensor.detach() for item in registry.tensors(name)}
+    own = {item.file_name: item.tensor for item in registry.tensors(name)}
+    scalings = {path: layer.scaling[name] for path, layer in registry.layers.items() if name in layer.scaling}
+    former = {file_name: tensor.detach() for file_name, tensor in own.items()}
     former_plan = _plan_again(registry, name, former)
     active, flags = registry.active, _flags(registry)
     registry.active = tuple(other for other in active if other != name)
@@ -199,12 +201,28 @@ def _put(model: nn.Module, plan: Plan, name: str, tensors: Mapping[str, Tensor])
         flags = {key: flag for key, flag in flags.items() if key[0] != name}
     except BaseException:
         attach(model, former_plan, name, tensors=former)
+        _bring_back(registry, name, own, scalings)
         raise
     finally:
         registry.set_active(active, inference_mode=True)
         for (owner, file_name), tensor in _named(registry).items():
             tensor.requires_grad = flags.get((owner, file_name), False)
     return registry
+
+
+def _bring_back(
+    registry: AdapterRegistry, name: str, own: Mapping[str, Tensor], scalings: Mapping[str, float | Tensor]
+) -> None:
+    """Give an adapter that was put back its own parameters, which an optimizer holds, and its own scalings."""
+    owners = {id(item.tensor): own[item.file_name] for item in registry.tensors(name)}
+    holders: list[MutableMapping[str, Any]] = [module._parameters for module in registry.model.modules()]
+    for holder in (*holders, *(slot.copies for slot in registry.slots.values())):
+        for key, parameter in holder.items():
+            former = owners.get(id(parameter))
+            if former is not None:
+                holder[key] = former
+    for path, scaling in scalings.items():
+        registry.layers[path].scaling[name] = scaling
 
 
 def _plan_again(registry: AdapterRegistry, name: str, tensors: Mapping[str, Tensor]) -> Plan:

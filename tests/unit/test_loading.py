@@ -212,8 +212,9 @@ def test_replace_swaps_weights_and_config(saved):
 def test_replace_that_fails_late_brings_the_former_back(saved, monkeypatch):
     peft = with_adapter(tiny(), r=2, target_modules=["down", "q_proj"])
     another(peft, "other", seed=9)
+    peft.base_model.registry.layers["layers.0.q_proj"].set_scale("default", 3.0)
     output, kept = logits(peft), {name: bits(t) for name, t in peft.state_dict().items()}
-    former = peft.peft_config["default"]
+    former, parameters = peft.peft_config["default"], dict(peft.named_parameters())
     from lorakit.layers import LoraLayer
 
     real, calls = LoraLayer.add, []
@@ -230,6 +231,7 @@ def test_replace_that_fails_late_brings_the_former_back(saved, monkeypatch):
     assert torch.equal(logits(peft), output)
     assert {name: bits(t) for name, t in peft.state_dict().items()} == kept
     assert peft.peft_config["default"] == former
+    assert all(parameter is parameters[name] for name, parameter in peft.named_parameters())
     assert peft.active_adapters == ["default"]
     assert {n for n, p in peft.named_parameters() if p.requires_grad} == {
         n for n, _ in peft.named_parameters() if ".default." in n

@@ -172,7 +172,6 @@ def test_nothing_else_that_an_adapter_owns_survives(what, use):
     logits(model)
 
 
-@pytest.mark.xfail(reason="removing a tied adapter leaves the head's stacked factors in place", strict=True)
 @pytest.mark.parametrize("names", [["default", "other"], ["default", "__base__"]], ids="+".join)
 def test_a_mixed_batch_over_tied_factors(names):
     """The head computes with the embedding's tensors, so it must not keep them when they go."""

@@ -175,8 +175,8 @@ class LoraLayer(MergingLayer):
         """
         self.check_unmerged(name, "deleting it")
         if name in self.r:
-            if self.tied.pop(name, None) is None:
-                self._let_go(name)
+            self.tied.pop(name, None)
+            self._let_go(name)
             let_go(name, self.lora_dropout)
             for values in (self.r, self.lora_alpha, self.scaling, self.use_rslora, self.lora_bias):
                 values.pop(name, None)

@@ -140,5 +140,17 @@ def is_read_by_parent(module: nn.Module) -> bool:
 
 
 def may_read(parent: nn.Module, name: str) -> bool:
-    """Whether the parent computes with the weight of this child in eval mode, and calls it in training."""
-    return isinstance(parent, nn.TransformerEncoderLayer) and name in {"linear1", "linear2"}
+    """Whether some forward of the parent computes with the weight of this child and does not call it."""
+    return any(name in _READ.get(kind.__name__, ()) for kind in type(parent).__mro__)
+
+
+# Torch's encoder layer does so in eval mode, the state-space mixers with their CUDA kernels (and the first kinds always
+# for dt_proj).
+_SCAN, _GATED = ("x_proj", "dt_proj", "out_proj", "conv1d"), ("out_proj", "conv1d")
+_READ: dict[str, tuple[str, ...]] = {
+    "TransformerEncoderLayer": ("linear1", "linear2"),
+    "MobileBertLMPredictionHead": ("decoder", "dense"),
+    **dict.fromkeys(("MambaMixer", "FalconMambaMixer", "JambaMambaMixer", "ZambaMambaMixer"), _SCAN),
+    **dict.fromkeys(("Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "NemotronHMamba2Mixer"), _GATED),
+    **dict.fromkeys(("GraniteMoeHybridMambaLayer", "Zamba2MambaMixer"), _GATED),
+}

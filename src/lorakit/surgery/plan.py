@@ -280,7 +280,7 @@ def _stored_in_out(specs: Sequence[AdapterSpec]) -> bool:
 def _trained_biases(
     description: Description, config: LoraConfig, targets: Collection[str], inside: Collection[str]
 ) -> dict[str, nn.Parameter]:
-    """The base parameters that `bias` trains, by name: all with "bias" in it, or those of targeted layers."""
+    """The base parameters that `bias` trains, by name: all named "bias", or those of targeted layers."""
     if config.bias == "none":
         return {}
     found: dict[str, nn.Parameter] = {}
@@ -290,7 +290,7 @@ def _trained_biases(
             continue
         for attribute, parameter in node.module.named_parameters(recurse=False):
             name = f"{node.path}.{attribute}" if node.path else attribute
-            if "bias" in name and id(parameter) not in seen:
+            if attribute == "bias" and id(parameter) not in seen:
                 seen.add(id(parameter))
                 found[name] = parameter
     return found

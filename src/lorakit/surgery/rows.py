@@ -12,7 +12,7 @@ from lorakit.config import NearNames
 from lorakit.init.registry import initialiser_name
 from lorakit.layers import PARAMETER, attention_parts
 from lorakit.specs import AdapterSpec
-from lorakit.surgery.describe import is_read_by_parent
+from lorakit.surgery.describe import is_read_by_parent, may_read
 from lorakit.surgery.paths import joined
 from lorakit.weights import find_codec
 
@@ -206,6 +206,11 @@ def _why_not(node: Node) -> str:
         return (
             f"{type(module).__name__} cannot carry an adapter; lorakit adapts nn.Linear, transformers' Conv1D, "
             "nn.Embedding, nn.Conv1d/2d/3d and nn.MultiheadAttention, and bare parameters by target_parameters"
+        )
+    if not node.kind.is_linear and any(may_read(place.owner, place.attribute) for place in node.places):
+        return (
+            f"{type(node.places[0].owner).__name__} reads this layer's weight without calling it, so an adapter would "
+            "not act; leave it out with exclude_modules"
         )
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "this embedding rescales its own weight (max_norm) whenever it is called; it cannot carry an adapter"
