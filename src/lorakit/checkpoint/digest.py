@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _PREFIX = "sha256:"
 DIGEST_LENGTH = len(_PREFIX) + 64
+_encode = json.JSONEncoder(separators=(",", ":")).encode  # `json.dumps` would make an encoder for each tensor
 
 
 class Digest:
@@ -30,7 +31,7 @@ class Digest:
     def add(self, name: str, tensor: Tensor) -> None:
         """Take in one tensor, contiguous and on the CPU."""
         row = [name, DTYPE_CODES[tensor.dtype], list(tensor.shape)]
-        head = json.dumps(row, separators=(",", ":")).encode()
+        head = _encode(row).encode()
         self._hash.update(len(head).to_bytes(8, "little") + head)
         self._hash.update(raw_bytes(tensor))
 

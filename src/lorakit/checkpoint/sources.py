@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from lorakit.checkpoint.digest import raw_bytes
 from lorakit.checkpoint.files import PICKLE_NAME, WEIGHTS_NAME, Stamp, open_regular, stamp_of
 from lorakit.checkpoint.header import DTYPE_CODES, TensorInfo
 from lorakit.errors import AdapterFormatError, UnsupportedError, bullet_list
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+    from io import FileIO
     from pathlib import Path
 
     from torch import Tensor
@@ -41,10 +42,19 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsSource:
-    """The tensors of `adapter_model.safetensors`, whose header has been checked."""
+    """The tensors of `adapter_model.safetensors`, whose header has been checked.
+
+    Attributes:
+        folder: where the file is.
+        stamp: of the version whose header was read.
+        tensors: what the header says, in the order of the data.
+        start: where in the file the data begins.
+    """
 
     folder: Path
     stamp: Stamp
+    tensors: dict[str, TensorInfo]
+    start: int
 
     @property
     def path(self) -> Path:
@@ -52,17 +62,33 @@ class SafetensorsSource:
         return self.folder / WEIGHTS_NAME
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors, in the given order; `AdapterFormatError` if the file is no longer the same."""
+        """The named tensors, in the given order; `AdapterFormatError` if the file is no longer the same.
+
+        Each is read into memory of its own: what happens to the file afterwards changes nothing.
+        """
+        with (
+            open_regular(self.folder, WEIGHTS_NAME) as (descriptor, status),
+            os.fdopen(os.dup(descriptor), "rb", buffering=0) as file,
+        ):
+            self._check(status)
+            begin = self.start
+            places = {}
+            for name, info in self.tensors.items():
+                places[name] = begin
+                begin += info.nbytes
+            for name in names:
+                info = self.tensors[name]
+                tensor = torch.empty(info.shape, dtype=info.dtype)
+                file.seek(places[name])
+                if not _fill(file, raw_bytes(tensor)):
+                    raise AdapterFormatError(f"{self.path}: cut while it was read; open the adapter again")
+                yield name, tensor
+            self._check(os.fstat(descriptor))
         _check_unchanged(self.folder, WEIGHTS_NAME, self.stamp)
-        try:
-            with safe_open(self.path, framework="pt", device="cpu") as file:
-                _check_unchanged(self.folder, WEIGHTS_NAME, self.stamp)
-                for name in names:
-                    # a copy: the tensor that safe_open gives is the mapped file, and follows its changes
-                    yield name, file.get_tensor(name).clone(memory_format=torch.contiguous_format)
-        except (SafetensorError, OSError) as error:
-            raise AdapterFormatError(f"{self.path}: cannot be read: {error}") from None
-        _check_unchanged(self.folder, WEIGHTS_NAME, self.stamp)
+
+    def _check(self, status: os.stat_result) -> None:
+        if stamp_of(status) != self.stamp:
+            raise AdapterFormatError(f"{self.path}: changed since it was opened; open the adapter again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +130,17 @@ def open_pickle(folder: Path) -> tuple[PickleSource, dict[str, TensorInfo]]:
     if sum(info.nbytes for info in infos.values()) > status.st_size:
         raise AdapterFormatError(f"{path}: its tensors claim more bytes than the file has; not an adapter")
     return PickleSource(folder, stamp), infos
+
+
+def _fill(file: FileIO, memory: memoryview) -> bool:
+    """Read until the memory is full; False at the end of the file."""
+    done = 0
+    while done < len(memory):
+        count = file.readinto(memory[done:])
+        if not count:
+            return False
+        done += count
+    return True
 
 
 def _check_unchanged(folder: Path, name: str, stamp: Stamp) -> None:
