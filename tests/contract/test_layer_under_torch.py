@@ -8,7 +8,6 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from contract.rows import (
-    ROWS,
     adapter_output,
     as_channels,
     data,
@@ -264,13 +263,7 @@ def test_what_is_merged_in_inference_mode_can_be_trained_after_unmerging(row):
     assert not weight_of(row, layer).is_inference()
 
 
-NO_AUTOCAST = pytest.mark.xfail(strict=True, raises=RuntimeError, reason="torch knows no autocast on meta")
-
-
-@pytest.mark.parametrize(
-    "row",
-    [pytest.param(row, id=str(row), marks=NO_AUTOCAST if row.kind == "parameter" else ()) for row in ROWS],
-)
+@each
 def test_on_meta(row):
     layer, x = frozen(row)
     y = layer(x)

@@ -90,3 +90,15 @@ def test_trained_biases_are_those_named_so():
     trained = {name for name, parameter in peft.named_parameters() if parameter.requires_grad}
     assert any(name.endswith("out_proj.bias") for name in trained)
     assert not any("in_proj_bias" in name for name in trained)
+
+
+class Shifted(nn.Embedding):
+    def forward(self, ids):
+        return super().forward(ids + 1)
+
+
+def test_dropout_where_a_layer_runs_its_own_forward_is_refused():
+    model = nn.Sequential(Shifted(8, 4))
+    with pytest.raises(PlanError, match="lora_dropout cannot act here"):
+        get_peft_model(model, LoraConfig(target_modules=["0"], lora_dropout=0.1))
+    get_peft_model(model, LoraConfig(target_modules=["0"]))

@@ -20,7 +20,8 @@ def alive():
     """Every plain tensor there is; compilers leave others behind, which have no memory."""
     gc.collect()
     # by type: `isinstance` would ask objects for their class, and some warn of being asked
-    return [thing for thing in gc.get_objects() if type(thing) in {torch.Tensor, torch.nn.Parameter}]
+    tensors = [thing for thing in gc.get_objects() if type(thing) in {torch.Tensor, torch.nn.Parameter}]
+    return [tensor for tensor in tensors if tensor.layout is torch.strided]
 
 
 def storages():

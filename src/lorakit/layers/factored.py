@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 
 from lorakit.errors import UnsupportedError
 from lorakit.layers import stacks
+from lorakit.layers.hooks import outside_autocast
 from lorakit.layers.stacks import Stack, grouped_add, is_aligned
 from lorakit.ops import Term, lora_linear
 from lorakit.ops.terms import emulated_dtypes
@@ -42,7 +43,7 @@ class Change(NamedTuple):
         dtype = torch.float32 if emulated else weight.dtype
         left, right = self.left.rows(dtype), self.right.rows(dtype)
         add: Callable[..., Tensor] = torch.addmm if weight.ndim == 2 else torch.baddbmm
-        with torch.autocast(weight.device.type, enabled=False):
+        with outside_autocast(weight.device):
             if isinstance(self.scaling, torch.Tensor):
                 return add(weight.to(dtype), left.mT, right * self.scaling.to(dtype)).to(weight.dtype)
             return add(weight.to(dtype), left.mT, right, alpha=self.scaling).to(weight.dtype)
@@ -239,7 +240,8 @@ def _is_vector_of_numbers(index: Any) -> bool:
 def _product_dtype(weight: Tensor) -> torch.dtype:
     """What products with a weight are computed in: its dtype, or autocast's."""
     kind = weight.device.type
-    if weight.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    known = torch.amp.is_autocast_available(kind)  # not of a meta device
+    if weight.dtype != torch.float64 and known and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return weight.dtype
 

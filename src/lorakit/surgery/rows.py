@@ -11,6 +11,7 @@ from torch import nn
 from lorakit.config import NearNames
 from lorakit.init.registry import initialiser_name
 from lorakit.layers import PARAMETER, attention_parts
+from lorakit.layers.whole import has_own_forward
 from lorakit.specs import AdapterSpec
 from lorakit.surgery.describe import is_read_by_parent, may_read
 from lorakit.surgery.paths import joined
@@ -56,7 +57,8 @@ def module_rows(node: Node, rules: Rules, description: Description) -> list[Adap
     codec = find_codec(node.module)
     assert codec is not None
     layout = codec.layout(node.module) if node.layer is None else node.layer.layout
-    return _row(node.path, node.kind, layout, node.module.weight, rules)
+    drops = node.kind.is_linear or not has_own_forward(node.module)
+    return _row(node.path, node.kind, layout, node.module.weight, rules, drops=drops)
 
 
 def parameter_rows(description: Description, rules: Rules, loose: list[str]) -> Iterator[AdapterSpec]:
@@ -145,14 +147,22 @@ def _why_not_bare(node: Node, rules: Rules) -> str:
 
 
 def _row(
-    path: str, kind: LayerKind, layout: Layout, weight: object, rules: Rules, matched_as: str | None = None
+    path: str,
+    kind: LayerKind,
+    layout: Layout,
+    weight: object,
+    rules: Rules,
+    matched_as: str | None = None,
+    *,
+    drops: bool = True,
 ) -> list[AdapterSpec]:
     """One row, or none and a problem; ranks are looked up for the path, or for the module that was named."""
     assert isinstance(weight, torch.Tensor)
     config = rules.config
     r, alpha = rules.matcher.rank(matched_as or path), rules.matcher.alpha(matched_as or path)
-    dropout = config.lora_dropout if kind.drops and not _in_attention(path, matched_as) else 0.0
-    refused = _refused(kind, layout, r, config, drops=bool(dropout) or rules.from_file)
+    drops = drops and kind.drops and not _in_attention(path, matched_as)
+    dropout = config.lora_dropout if drops else 0.0
+    refused = _refused(kind, layout, r, config, drops=drops or rules.from_file)
     if refused:
         rules.problems.append(f"{path}: {refused}")
         return []
