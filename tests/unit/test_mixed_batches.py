@@ -185,6 +185,88 @@ def test_hooks_on_the_modules_of_an_adapter_run():
     assert moved == [row for row, name in enumerate(BATCH) if name == "b"]
 
 
+def halve_scaling(layer):
+    layer.set_scale("a", 0.5)
+
+
+def write_factor(layer):
+    layer.lora_A["a"].weight.mul_(2.0)
+
+
+def swap_data(layer):
+    layer.lora_B["a"].weight.data = layer.lora_B["a"].weight * 2.0
+
+
+def new_parameter(layer):
+    layer.lora_A["a"].weight = nn.Parameter(layer.lora_A["a"].weight * 2.0)
+
+
+def new_module(layer):
+    layer.lora_B["a"] = nn.Linear(2, layer.lora_B["a"].out_features, bias=False)
+
+
+def new_bias(layer):
+    layer.lora_B["a"].bias = nn.Parameter(torch.ones(layer.lora_B["a"].out_features))
+
+
+def scaling_by_hand(layer):
+    layer.scaling["a"] = 7.0
+
+
+def scaling_as_tensor(layer):
+    layer.scaling["a"] = torch.tensor(7.0, dtype=torch.float64)
+
+
+def own_forward(layer):
+    layer.lora_A["a"].forward = lambda x: torch.nn.functional.linear(x, layer.lora_A["a"].weight) * 2.0
+
+
+def parametrised(layer):
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2.0 * weight
+
+    nn.utils.parametrize.register_parametrization(layer.lora_A["a"], "weight", Doubled())
+
+
+CHANGES = [
+    halve_scaling,
+    write_factor,
+    swap_data,
+    new_parameter,
+    new_module,
+    new_bias,
+    scaling_by_hand,
+    scaling_as_tensor,
+    own_forward,
+    parametrised,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_whatever_is_changed_between_two_batches_is_seen(change):
+    peft, batch = several("linear and conv1d")
+    before = logits_of(peft, batch, BATCH)
+    assert torch.equal(logits_of(peft, batch, BATCH), before)  # through what the first one kept
+    with torch.no_grad():
+        change(peft.base_model.registry.layers["layers.0.q_proj"])
+    found = logits_of(peft, batch, BATCH)
+    wanted = {name: alone(peft, batch, name) for name in {*BATCH}}
+    for row, name in enumerate(BATCH):
+        close(found[row], wanted[name][row])
+        assert torch.allclose(found[row], before[row], atol=1e-6) == (name != "a")
+
+
+def test_dropout_between_two_batches_is_seen():
+    peft, batch = several("linear and conv1d", lora_dropout=0.5)
+    before = logits_of(peft, batch, BATCH)
+    assert torch.equal(logits_of(peft, batch, BATCH), before)
+    peft.train()
+    assert not torch.allclose(logits_of(peft, batch, BATCH), before)
+    peft.eval()
+    assert torch.equal(logits_of(peft, batch, BATCH), before)
+
+
 # ---- training -----------------------------------------------------------------------------------------
 
 

@@ -82,9 +82,9 @@ class Linear(LoraLayer):
         if not factors:
             return y
         groups = chosen.groups(factors, x.shape[0], x.device)
-        terms = self._terms(factors)
-        if terms is not None:
-            return lora_grouped(self._given_away(y), x, self._banks.bank(factors, terms), groups)
+        bank = self._banks.bank(self, (self.lora_A, self.lora_B), factors, self._terms)
+        if bank is not None:
+            return lora_grouped(self._given_away(y), x, bank, groups)
         for number in groups.used:
             rows = (groups.ids == number).nonzero().squeeze(1)
             y = y.index_copy(0, rows, self._add_by_modules(factors[number], y[rows], x[rows]).to(y.dtype))
