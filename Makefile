@@ -33,7 +33,7 @@ check: $(STAMP) ## lint, format, types, architecture
 bench: $(STAMP) ## side by side with PEFT and with the floor; prints the table and writes benchmarks/results
 	$(BIN)/python -W ignore -m benchmarks
 
-bench-quick: $(STAMP) ## the same in about two minutes
+bench-quick: $(STAMP) ## the same with few rounds; keeps no figures
 	$(BIN)/python -W ignore -m benchmarks --quick
 
 format: $(STAMP) ## put the code into the one format
