@@ -337,9 +337,13 @@ class LoraLayer(MergingLayer):
         here = self.adapters
         return tuple(name for name in names if name in here)
 
-    def _chosen(self) -> Chosen | None:
-        """What this call chose for itself, or None; a layer that is disabled has no choice."""
-        return chosen_by(self.owner) if self._enabled else None
+    def acting(self) -> tuple[tuple[str, ...], Chosen | None]:
+        """The adapters that act in the running call, and its choice if that is one for each sample."""
+        # a layer that is disabled has no choice
+        chosen = chosen_by(self.owner) if Live.any and self._enabled else None
+        if chosen is None:
+            return self._route, None
+        return self._present(chosen.names), None if chosen.ids is None else chosen
 
     # ---- merging ------------------------------------------------------------------------------------
 
@@ -381,9 +385,8 @@ class LoraLayer(MergingLayer):
         assert isinstance(weight, torch.Tensor)
         if self.token_adapter is None:
             return weight
-        chosen = self._chosen() if Live.any else None
-        names = self._route if chosen is None else self._present(chosen.names) if chosen.ids is None else ()
-        return self.token_adapter.in_weight(weight, names)
+        names, by_sample = self.acting()
+        return self.token_adapter.in_weight(weight, () if by_sample else names)
 
     @property
     def bias(self) -> Tensor | None:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lorakit.layers.base import LoraLayer
-from lorakit.layers.chosen import Live
 from lorakit.layers.factors import let_go, looking_conv, pointwise_conv
 from lorakit.layers.hooks import add_to_output, inside, is_observed
 from lorakit.layers.linear import held_by_modules
@@ -46,16 +45,13 @@ class Conv(LoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(batch, in_channels, *space) -> (batch, out, *space); further arguments go to the base layer."""
-        route, chosen = self._route, None
-        if Live.any:
-            chosen = self._chosen()
-            route = route if chosen is None else self._present(chosen.names)
+        route, by_sample = self.acting()
         if route and self._runs_whole:
-            found: Tensor = run_changed(self, route, chosen, (x, *args), kwargs)
+            found: Tensor = run_changed(self, (x, *args), kwargs)
             return found
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        if route and chosen is not None and chosen.ids is not None:
-            return self._mixed(chosen, y, x)
+        if route and by_sample is not None:
+            return self._mixed(by_sample, route, y, x)
         dtype = y.dtype
         for name in route:
             y = add_to_output(y, self._contribution(name, x), self.base_layer, _PLAIN)
@@ -74,11 +70,8 @@ class Conv(LoraLayer):
         z: Tensor = convolve(h, B.to(h.dtype), groups=self.layout.groups)
         return z if bias is None else z + (bias.to(z.dtype) * scaling).view(-1, *(1,) * space)
 
-    def _mixed(self, chosen: Chosen, y: Tensor, x: Tensor) -> Tensor:
+    def _mixed(self, chosen: Chosen, names: tuple[str, ...], y: Tensor, x: Tensor) -> Tensor:
         """Each sample through its own adapter: one convolution, in which a sample is a group."""
-        names = self._present(chosen.names)
-        if not names:
-            return y
         ids = chosen.groups(names, x.shape[0], x.device).ids  # -1, the base alone, finds the zeros at the end
         stored = [self.stored(name) for name in names]
         per_group = max(item.B.shape[1] for item in stored)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from lorakit.layers.base import LoraLayer
-from lorakit.layers.chosen import Live
 from lorakit.layers.factors import let_go
 from lorakit.layers.hooks import add_to_output, inside
 from lorakit.layers.mixing import rows_by_sample
@@ -45,18 +44,15 @@ class Embedding(LoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(...) of ids -> (..., dim); further arguments go to the base layer."""
-        route, chosen = self._route, None
-        if Live.any:
-            chosen = self._chosen()
-            route = route if chosen is None else self._present(chosen.names)
+        route, by_sample = self.acting()
         if route and self._runs_whole:
-            found: Tensor = run_changed(self, route, chosen, (x, *args), kwargs)
+            found: Tensor = run_changed(self, (x, *args), kwargs)
             return found
         y: Tensor = self.base_layer(x, *args, **kwargs)
         if not route:
             return y
-        if chosen is not None and chosen.ids is not None:
-            return self._mixed(chosen, y, x)
+        if by_sample is not None:
+            return self._mixed(by_sample, route, y, x)
         dtype = y.dtype
         if self.token_adapter is not None:
             y = self.token_adapter.in_embedding(y, x, route, self._base, self._scale)
@@ -68,9 +64,8 @@ class Embedding(LoraLayer):
                 y = add_to_output(y, linear(h.to(dtype), B.to(dtype)), self.base_layer, _PLAIN)
         return y.to(dtype)
 
-    def _mixed(self, chosen: Chosen, y: Tensor, x: Tensor) -> Tensor:
+    def _mixed(self, chosen: Chosen, present: tuple[str, ...], y: Tensor, x: Tensor) -> Tensor:
         """Each sample through its own adapter; x (samples, ...) of ids."""
-        present = self._present(chosen.names)
         if self.token_adapter is not None:
             tokens, base, scale = self.token_adapter, self._base, self._scale
             y = rows_by_sample(

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Any, cast, final
 import torch
 from torch import Tensor, nn
 
-from lorakit.errors import UnsupportedError
 from lorakit.layers.base import LoraLayer
-from lorakit.layers.chosen import Live
 from lorakit.layers.factors import let_go, plain_linear
 from lorakit.layers.hooks import is_observed, may_keep_output
 from lorakit.layers.mixing import BankKeeper, rows_by_sample
-from lorakit.layers.standin import stand_in
+from lorakit.layers.whole import acting_on_all, changed_stand_in
 from lorakit.ops import Term, lora_add, lora_grouped, lora_linear
 from lorakit.weights.dense import conv1d_class
 
@@ -48,12 +46,9 @@ class Linear(LoraLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in) -> (..., out); further arguments go to the base layer."""
-        route = self._route
-        if Live.any:
-            chosen = self._chosen()
-            if chosen is not None and chosen.ids is not None:
-                return self._forward_mixed(chosen, x, *args, **kwargs)
-            route = route if chosen is None else self._present(chosen.names)
+        route, by_sample = self.acting()
+        if by_sample is not None:
+            return self._forward_mixed(by_sample, route, x, *args, **kwargs)
         if not route:
             output: Tensor = self.base_layer(x, *args, **kwargs)
             return output
@@ -71,10 +66,11 @@ class Linear(LoraLayer):
             y = self.token_adapter.in_head(y, x, route, getattr(self.base_layer, "bias", None))
         return lora_add(self._given_away(y), x, terms)
 
-    def _forward_mixed(self, chosen: Chosen, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _forward_mixed(
+        self, chosen: Chosen, present: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Each sample through its own adapter; x (samples, ..., in)."""
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        present = self._present(chosen.names)
         if self.token_adapter is not None:
             tokens, bias = self.token_adapter, getattr(self.base_layer, "bias", None)
             y = rows_by_sample(y, chosen, present, x, lambda y, name: tokens.in_head(y, x, [name], bias))
@@ -114,27 +110,11 @@ class Linear(LoraLayer):
         Raises:
             UnsupportedError: the running call chose an adapter for each sample.
         """
-        route = self._route
-        chosen = self._chosen() if Live.any else None
-        if chosen is not None:
-            route = self._present(chosen.names)
-            if route and chosen.ids is not None:
-                raise UnsupportedError(
-                    "adapters for each sample do not work where the parent (nn.MultiheadAttention; "
-                    "nn.TransformerEncoderLayer in eval mode) reads this layer's weight instead of calling it; "
-                    "choose one adapter for the whole batch"
-                )
-        base = self.get_base_layer()
-        weight, bias = super().weight, super().bias
-        for name in route:
-            if name not in self.r:
-                continue
-            A, B, own = self.stored(name)
-            delta = B @ A * self.scaling[name]
-            weight = weight + (delta.t() if self.layout.transposed else delta).to(weight.dtype)
-            if own is not None and bias is not None:
-                bias = bias + (own * self.scaling[name]).to(bias.dtype)
-        return stand_in(base, {"weight": weight, "bias": bias})
+        where = (
+            "where the parent (nn.MultiheadAttention; nn.TransformerEncoderLayer in eval mode) reads this layer's "
+            "weight instead of calling it"
+        )
+        return changed_stand_in(self, acting_on_all(self, where))
 
     def _terms(self, names: Sequence[str]) -> list[Term] | None:
         """What the adapters add; None if something hangs on a module of theirs, which must then be called."""

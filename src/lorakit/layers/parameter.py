@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
-from lorakit.errors import UnsupportedError
 from lorakit.layers.base import LoraLayer
-from lorakit.layers.chosen import Live
 from lorakit.layers.factored import Change, FactoredWeight
 from lorakit.layers.factors import let_go, plain_linear
 from lorakit.layers.linear import Linear, held_by_modules
 from lorakit.layers.stacks import Arrangement, StackKeeper
 from lorakit.layers.standin import call_on_stand_in, stand_in
+from lorakit.layers.whole import acting_on_all
 from lorakit.weights.parameter import ParameterCodec
 
 if TYPE_CHECKING:
@@ -57,7 +56,9 @@ class ParamWrapper(LoraLayer):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Whatever the module takes and gives, computed with the changed parameters."""
         module = self.get_base_layer()
-        changed = {wrapper.parameter_name: wrapper.changed() for wrapper in self.chain() if wrapper.acting()}
+        changed = {
+            wrapper.parameter_name: wrapper.changed() for wrapper in self.chain() if wrapper._acting_names()
+        }
         read = {name: child.stand_in() for name, child in _children_read(module)}
         if not changed and not read:
             return module(*args, **kwargs)
@@ -82,34 +83,22 @@ class ParamWrapper(LoraLayer):
             yield wrapper
             wrapper = wrapper.base_layer
 
-    def acting(self) -> tuple[str, ...]:
-        """The adapters that act on this parameter in the running call.
-
-        Raises:
-            UnsupportedError: the call chose an adapter for each sample, and one of them is here.
-        """
-        if not Live.any:
-            return self._route
-        chosen = self._chosen()
-        if chosen is None:
-            return self._route
-        present = self._present(chosen.names)
-        if present and chosen.ids is not None:
-            raise UnsupportedError(
-                f"adapters for each sample do not work on the parameter {self.parameter_name!r} of a "
-                f"{type(self.get_base_layer()).__name__}, which does not see samples; {list(present)} are on it. "
-                "Choose one adapter for the whole batch"
-            )
-        return present
+    def _acting_names(self) -> tuple[str, ...]:
+        """The adapters that act on this parameter in the running call; one for each sample is refused."""
+        module = type(self.get_base_layer()).__name__
+        where = f"on the parameter {self.parameter_name!r} of a {module}, which does not see samples"
+        return acting_on_all(self, where)
 
     def changed(self) -> FactoredWeight:
         """The parameter with the changes of the acting adapters."""
         base = self.codec.state(self.get_base_layer()).weight
-        return FactoredWeight(base, [self._change(name) for name in self.acting()])
+        return FactoredWeight(base, [self._change(name) for name in self._acting_names()])
 
     def acting_value(self) -> Tensor:
         """The parameter as the running call computes with it: itself where nothing acts, else the dense sum."""
-        return self.changed().dense() if self.acting() else self.codec.state(self.get_base_layer()).weight
+        return (
+            self.changed().dense() if self._acting_names() else self.codec.state(self.get_base_layer()).weight
+        )
 
     def _change(self, name: str) -> Change:
         A, B, _ = self.stored(name)

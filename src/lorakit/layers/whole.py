@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lorakit.layers.base import LoraLayer
-    from lorakit.layers.chosen import Chosen
 
 _KNOWN = (nn.Embedding, *CONVOLUTIONS)
 _METHODS = ("forward", "_conv_forward")
@@ -41,30 +40,41 @@ def has_own_forward(base: nn.Module) -> bool:
     return any(getattr(type(base), name, None) is not getattr(kind, name, None) for name in _METHODS)
 
 
-def run_changed(
-    layer: LoraLayer,
-    names: Sequence[str],
-    chosen: Chosen | None,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-) -> Any:
-    """The forward of a layer's base with the changes of these adapters in its weight and bias.
+def acting_on_all(layer: LoraLayer, where: str) -> tuple[str, ...]:
+    """The adapters that act in the running call on a layer that cannot tell samples apart.
+
+    Raises:
+        UnsupportedError: the call chose an adapter for each sample, and one of them is here.
+    """
+    names, by_sample = layer.acting()
+    if names and by_sample is not None:
+        raise UnsupportedError(
+            f"adapters for each sample do not work {where}; {list(names)} are on it. "
+            "Choose one adapter for the whole batch"
+        )
+    return names
+
+
+def run_changed(layer: LoraLayer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The forward of a layer's base with the changes of the acting adapters in its weight and bias.
 
     Raises:
         UnsupportedError: the call chose an adapter for each sample.
     """
     base = layer.get_base_layer()
-    if chosen is not None and chosen.ids is not None:
-        raise UnsupportedError(
-            f"adapters for each sample do not work on a {type(base).__name__}, which has a forward of its own; "
-            f"{list(names)} are on it. Choose one adapter for the whole batch"
-        )
-    with outside_autocast(base.weight.device):  # type: ignore[arg-type]  # its weight is a parameter
-        changed = _changed(layer, names)
-    twin = stand_in(base, {name: value for name, value in changed.items() if name in base._parameters})
+    names = acting_on_all(layer, f"on a {type(base).__name__}, which has a forward of its own")
+    twin = changed_stand_in(layer, names)
     if isinstance(twin, CONVOLUTIONS):
         twin.groups = 1
     return twin(*args, **kwargs)
+
+
+def changed_stand_in(layer: LoraLayer, names: Sequence[str]) -> nn.Module:
+    """A double of a layer's base that holds the weight and bias with the changes of these adapters."""
+    base = layer.get_base_layer()
+    with outside_autocast(base.weight.device):  # type: ignore[arg-type]  # its weight is a parameter
+        changed = _changed(layer, names)
+    return stand_in(base, {name: value for name, value in changed.items() if name in base._parameters})
 
 
 def _changed(layer: LoraLayer, names: Sequence[str]) -> dict[str, Tensor | None]:
