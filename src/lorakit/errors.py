@@ -17,10 +17,11 @@ After any of these the model and the files are as they were.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 
 class AdapterError(Exception):
@@ -94,3 +95,13 @@ def bullet_list(head: str, lines: Sequence[str], hint: str = "") -> str:
     """One message of a head line, one bullet a line, and a closing hint."""
     body = "".join(f"\n  - {line}" for line in lines)
     return f"{head}:{body}" + (f"\n{hint}" if hint else "")
+
+
+@contextmanager
+def at_path(path: str) -> Iterator[None]:
+    """Name the module in an error of lorakit's that is raised within."""
+    try:
+        yield
+    except AdapterError as error:
+        error.args = (f"{path}: {error}", *error.args[1:])
+        raise

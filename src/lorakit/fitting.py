@@ -10,8 +10,9 @@ import torch
 from lorakit.checkpoint.keys import apply_key_mapping, from_file_key, to_file_key
 from lorakit.errors import AdapterFormatError, KeyMismatchError, bullet_list
 from lorakit.init import initialise
+from lorakit.specs import TOKEN_ROWS
 from lorakit.surgery import Description, expected_tensors
-from lorakit.surgery.naming import TOKENS, names_in_file, tied_names, whole_module
+from lorakit.surgery.naming import names_in_file, tied_names, whole_module
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -290,7 +291,7 @@ def _base_values(plan: Plan) -> Iterator[tuple[str, Tensor]]:
         yield from ((f"{path}.{key}", value) for key, value in whole_module(plan, path).state_dict().items())
     for token in plan.tokens:
         weight = _original(plan, f"{token.path}.weight")
-        yield f"{token.path}.{TOKENS}", weight[torch.tensor(token.indices, device=weight.device)]
+        yield f"{token.path}.{TOKEN_ROWS}", weight[torch.tensor(token.indices, device=weight.device)]
     names = names_in_file(plan)
     for name in (*plan.biases, *plan.base_weights):
         yield names.parameter(name), plan.base_parameter(name)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
-from lorakit.config import Matcher
+from lorakit.config import Matcher, ends_in
 from lorakit.errors import AdapterStateError
 from lorakit.layers import ParamWrapper
+from lorakit.specs import FACTOR_OF
 from lorakit.surgery.describe import is_read_by_parent
 from lorakit.surgery.naming import Names
 from lorakit.surgery.paths import joined
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from lorakit.layouts import Layout
     from lorakit.surgery import AdapterRegistry
 
-FACTORS = {"lora_A.weight": "A", "lora_embedding_A": "A", "lora_B.weight": "B", "lora_embedding_B": "B"}
+FACTORS = {name: part for name, part in FACTOR_OF.items() if part != "bias"}
 """Which factor a tensor is, by its name below the layer in a file."""
 
 
@@ -207,7 +208,7 @@ class Targets:
         if isinstance(layer, ParamWrapper):
             if isinstance(base, nn.MultiheadAttention) and self.matcher.target(module):
                 return module
-            return path if f".{path}".endswith(tuple(f".{end}" for end in self._parameters)) else None
+            return path if any(ends_in(path, name) for name in self._parameters) else None
         if is_read_by_parent(base):
             return module if self.matcher.target(module) else None
         return path if self.matcher.target(path) else None

@@ -6,15 +6,30 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
+if TYPE_CHECKING:
     from lorakit.layouts import Layout
 
 FILE_NAMES = {
     "": {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias"},
     "embedding": {"A": "lora_embedding_A", "B": "lora_embedding_B"},
 }
+"""The names of factors in a file, below the module, by kind of layer; "" is any other kind."""
+FACTOR_OF = {name: part for names in FILE_NAMES.values() for part, name in names.items()}
+"""Which factor is called so."""
+TOKEN_ROWS = "token_adapter.trainable_tokens_delta"  # noqa: S105 - a name, not a secret
+"""The name of token rows in a file, below the module."""
+
+
+def scaling_of(r: int, alpha: float, *, rslora: bool) -> float:
+    """`alpha / r`, or `alpha / sqrt(r)` under rsLoRA (Kalajdzievski, 2023, arXiv:2312.03732)."""
+    return alpha / (math.sqrt(r) if rslora else r)
+
+
+def adapter_dtype(base: torch.dtype, *, widen: bool) -> torch.dtype:
+    """The dtype of an adapter's parameters on a weight of some dtype: fp32 on half precisions if `widen`."""
+    return torch.float32 if widen and base in {torch.float16, torch.bfloat16} else base
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from lorakit.layers import Conv, ParamWrapper
+from lorakit.specs import TOKEN_ROWS
 from lorakit.state_dict import registry_of
-from lorakit.surgery.naming import TOKENS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -100,7 +100,7 @@ def _rows(registry: AdapterRegistry, below: str) -> Iterator[tuple[nn.Module, Tu
         where = below + names.layer(path)
         rows = layer.token_adapter
         own = {
-            name: [item.tensor for item in layer.tensors(name) if item.file_suffix != TOKENS]
+            name: [item.tensor for item in layer.tensors(name) if item.file_suffix != TOKEN_ROWS]
             for name in layer.r
         }
         if own:

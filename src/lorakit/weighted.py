@@ -7,21 +7,20 @@ The config of the result is written from its tensors, so that it always loads ag
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from lorakit.combiners import CombineOptions, check_request, combine
-from lorakit.config import check_adapter_name
-from lorakit.errors import AdapterNameError, UnsupportedError
+from lorakit.config import check_adapter_name, combined_config
+from lorakit.errors import AdapterNameError, UnsupportedError, at_path
 from lorakit.layers import Embedding, ParamWrapper, attention_parts
 from lorakit.layouts import filled
+from lorakit.specs import TOKEN_ROWS
 from lorakit.surgery import describe, make_plan
 from lorakit.surgery.attach import put
-from lorakit.surgery.naming import TOKENS, names_in_file, whole_module
-from lorakit.surgery.registry import at_path
+from lorakit.surgery.naming import names_in_file, whole_module
 from lorakit.surgery.targets import shortest_names
 from lorakit.types import Factors
 
@@ -165,30 +164,23 @@ def _config(registry: AdapterRegistry, asked: Asked, blocks: Blocks) -> LoraConf
         key = module if inside else path
         rank = max(part.rank for part in parts) * layer.layout.groups
         ranks[key] = max(rank, ranks.get(key, 0))
-    r = Counter(ranks.values()).most_common(1)[0][0] if ranks else configs[0].r
-    patterns = {"^" + path.replace(".", r"\."): rank for path, rank in ranks.items() if rank != r}
     modules = shortest_names(ranks.keys() - set(parameters), nodes)
     biased = any(part.bias is not None for parts in blocks.values() for part in parts)
     _check_biases(registry, blocks, biased=biased)
+    config = combined_config(
+        configs,
+        ranks,
+        biased=biased,
+        modules_to_save=_whole(registry, asked),
+        tokens=_tokens(registry, asked),
+    )
     return replace(
-        configs[0],
-        r=r,
-        lora_alpha=r,
-        rank_pattern=patterns,
-        alpha_pattern=dict(patterns),
-        use_rslora=False,
+        config,
         target_modules=modules,
         target_parameters=parameters or None,
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
-        lora_bias=biased,
-        bias=_strongest([config.bias for config in configs]),
-        modules_to_save=_whole(registry, asked) or None,
-        trainable_token_indices=_tokens(registry, asked) or None,
-        ensure_weight_tying=all(config.ensure_weight_tying for config in configs),
-        init_lora_weights=True,
-        inference_mode=True,
     )
 
 
@@ -200,10 +192,6 @@ def _check_biases(registry: AdapterRegistry, blocks: Blocks, *, biased: bool) ->
             f"some of the adapters have lora_bias=True, and {without} have no place for such a bias; combine adapters "
             "that are on the same kinds of layers"
         )
-
-
-def _strongest(values: Sequence[str]) -> str:
-    return next((value for value in ("all", "lora_only") if value in values), "none")
 
 
 def _whole(registry: AdapterRegistry, asked: Asked) -> list[str]:
@@ -258,7 +246,7 @@ def _rest(registry: AdapterRegistry, asked: Asked, plan: Plan) -> Iterator[tuple
                 yield f"{path}.{key}", _changed(value, own, asked)
     for token in plan.tokens:
         if token.tied_to is None:
-            yield f"{token.path}.{TOKENS}", _rows(registry.layers[token.path], token.indices, asked)
+            yield f"{token.path}.{TOKEN_ROWS}", _rows(registry.layers[token.path], token.indices, asked)
     names = names_in_file(plan)
     for parameter in plan.biases:
         slot = registry.slots.get(parameter)

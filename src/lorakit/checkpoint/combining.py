@@ -8,7 +8,6 @@ weights sum to 1.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,8 @@ from lorakit.checkpoint.keys import to_file_key
 from lorakit.checkpoint.sites import ROWS, Site, carries_parameters, owner_of, read_source
 from lorakit.checkpoint.writing import write_adapter
 from lorakit.combiners import check_request, combine
-from lorakit.errors import AdapterError, ConfigError, UnsupportedError
+from lorakit.config import combined_config
+from lorakit.errors import ConfigError, UnsupportedError, at_path
 from lorakit.layouts import filled
 from lorakit.types import Factors
 
@@ -96,16 +96,13 @@ def _combined_sites(
             raise UnsupportedError(
                 f"{path}: slerp is between two deltas, and only one adapter is on this weight"
             )
-        try:
+        with at_path(path):
             blocks = [
                 combine(
                     parts, [w for _, w in mine], method, options.of_block(path, number, layout.groups)
                 ).factors
                 for number, parts in enumerate(zip(*(site.blocks for site, _ in mine), strict=True))
             ]
-        except AdapterError as error:
-            error.args = (f"{path}: {error}", *error.args[1:])
-            raise
         found[path] = Site(layout, tuple(blocks), mine[0][0].is_embedding)
     return found
 
@@ -195,25 +192,15 @@ def _config(
     of_parameters = [ranks[owner] for owner in ranks if carries_parameters(configs[0], owner)]
     if of_parameters:  # patterns could not tell parameters apart when the result is read
         ranks.update({owner: max(ranks.values()) for owner in ranks})
-    r = Counter(ranks.values()).most_common(1)[0][0] if ranks else configs[0].r
-    patterns = {"^" + path.replace(".", r"\."): rank for path, rank in ranks.items() if rank != r}
     first = configs[0]
-    config = replace(
-        first,
-        r=r,
-        lora_alpha=r,
-        rank_pattern=patterns,
-        alpha_pattern=dict(patterns),
-        use_rslora=False,
-        lora_bias=any(block.bias is not None for site in combined.values() for block in site.blocks),
-        bias=next((v for v in ("all", "lora_only") if v in [c.bias for c in configs]), "none"),
+    config = combined_config(
+        configs,
+        ranks,
+        biased=any(block.bias is not None for site in combined.values() for block in site.blocks),
         modules_to_save=_union(config.modules_to_save for config in configs),
-        trainable_token_indices={path: sorted(tokens) for path, tokens in rows.items()} or None,
-        ensure_weight_tying=all(config.ensure_weight_tying for config in configs),
-        init_lora_weights=True,
-        inference_mode=True,
-        extra={},
+        tokens={path: sorted(tokens) for path, tokens in rows.items()},
     )
+    config = replace(config, extra={})
     if not all(_selects_alike(first, other) for other in configs):
         modules = {owner for owner in ranks if not carries_parameters(first, owner)}
         config = replace(

@@ -5,16 +5,16 @@ What a file holds says enough: the shapes of the factors tell a matrix from a co
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from lorakit.checkpoint.keys import from_file_key
 from lorakit.checkpoint.reading import open_adapter
-from lorakit.config import REQUIRED_KEYS, LoraConfig, Matcher, check_supported
+from lorakit.config import REQUIRED_KEYS, LoraConfig, Matcher, check_supported, ends_in
 from lorakit.errors import AdapterFormatError, UnsupportedError, bullet_list
 from lorakit.layouts import Layout, matrix_layout
+from lorakit.specs import FACTOR_OF, TOKEN_ROWS, scaling_of
 
 if TYPE_CHECKING:
     import os
@@ -27,14 +27,7 @@ if TYPE_CHECKING:
 _FACTOR = re.compile(
     r"(?P<site>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_[AB])"
 )
-ROWS = ".token_adapter.trainable_tokens_delta"
-_PARTS = {
-    "lora_A.weight": "A",
-    "lora_B.weight": "B",
-    "lora_B.bias": "bias",
-    "lora_embedding_A": "A",
-    "lora_embedding_B": "B",
-}
+ROWS = f".{TOKEN_ROWS}"
 
 
 class Site(NamedTuple):
@@ -89,7 +82,7 @@ def read_source(path: str | os.PathLike[str]) -> Source:
     for name, tensor in tensors.items():
         found = _FACTOR.fullmatch(name)
         if found is not None:
-            factors.setdefault(found["site"], {})[_PARTS[found["part"]]] = tensor
+            factors.setdefault(found["site"], {})[FACTOR_OF[found["part"]]] = tensor
             embeddings |= {found["site"]} if "embedding" in found["part"] else set()
         elif name.endswith(ROWS):
             module = name.removesuffix(ROWS)
@@ -127,7 +120,7 @@ def _site(
     owner = owner_of(path)
     is_parameter = carries_parameters(config, owner)
     r, alpha = (config.r, config.lora_alpha) if is_parameter else (matcher.rank(owner), matcher.alpha(owner))
-    scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+    scaling = scaling_of(r, alpha, rslora=config.use_rslora)
     experts, rest = divmod(A.shape[0], r)
     if rest or (experts != 1 and not is_parameter):
         raise AdapterFormatError(f"A has {A.shape[0]} rows, the config says rank {r}")
@@ -161,13 +154,13 @@ def owner_of(path: str) -> str:
 def carries_parameters(config: LoraConfig, module: str) -> bool:
     """Whether the factors on a module are those of its bare parameters (`target_parameters`)."""
     owners = [name.rpartition(".")[0] for name in config.target_parameters or ()]
-    return any(module == owner or module.endswith(f".{owner}") for owner in owners if owner)
+    return any(ends_in(module, owner) for owner in owners if owner)
 
 
 def _tokens_of(config: LoraConfig, module: str, count: int, where: str) -> list[int]:
     wanted = config.trainable_token_indices
     if isinstance(wanted, dict):
-        found = next((v for name, v in wanted.items() if f".{module}".endswith(f".{name}")), None)
+        found = next((v for name, v in wanted.items() if ends_in(module, name)), None)
     else:
         found = wanted
     if found is None or len(found) != count:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from lorakit.config.base import CONFIG_NAME, REQUIRED_KEYS, PeftConfig, Resolver, set_resolver
+from lorakit.config.combined import combined_config
 from lorakit.config.known_targets import SEQ_CLS_HEADS, TARGET_MODULES
 from lorakit.config.lora import LoraConfig
-from lorakit.config.matching import Matcher
+from lorakit.config.matching import Matcher, ends_in
 from lorakit.config.names import PeftType, TaskType, check_adapter_name
 from lorakit.config.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
 from lorakit.config.suggest import NearNames
@@ -31,5 +32,7 @@ __all__ = [
     "TaskType",
     "check_adapter_name",
     "check_supported",
+    "combined_config",
+    "ends_in",
     "set_resolver",
 ]

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from lorakit.config.lora import LoraConfig
 
 
+def ends_in(path: str, name: str) -> bool:
+    """Whether a path is a name, or ends in it after a dot."""
+    return f".{path}".endswith(f".{name}")
+
+
 class Matcher:
     """Answers for one config, path by path.
 

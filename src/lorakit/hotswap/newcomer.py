@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,6 +10,7 @@ from lorakit.errors import PlanError
 from lorakit.hotswap.exchange import Setting
 from lorakit.layers import ParamWrapper
 from lorakit.padding import FACTORS, Entry, Targets, entries, shape_of
+from lorakit.specs import scaling_of
 from lorakit.surgery import make_plan
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def _settings(
                 f"{path}: the rank must be divisible by its {layer.layout.groups} groups, got r={r}"
             )
         drops = meant == path and not isinstance(layer, ParamWrapper)
-        scaling = alpha / math.sqrt(r) if config.use_rslora else alpha / r
+        scaling = scaling_of(r, alpha, rslora=config.use_rslora)
         found[path] = Setting(r, alpha, config.use_rslora, scaling, config.lora_dropout if drops else 0.0)
     return found
 

@@ -8,7 +8,6 @@ Guarantees, beside those of `MergingLayer`:
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +21,7 @@ from lorakit.layers.finite import merge_is_finite
 from lorakit.layers.hooks import outside_autocast
 from lorakit.layers.merging import MergingLayer, as_tensor
 from lorakit.layers.tokens import TokenRows
-from lorakit.specs import FILE_NAMES
+from lorakit.specs import FILE_NAMES, TOKEN_ROWS, scaling_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -205,10 +204,8 @@ class LoraLayer(MergingLayer):
             for state_suffix, parameter in self._held(name).values():
                 yield NamedAdapterTensor(state_suffix.replace(f".{name}", "", 1), state_suffix, parameter)
         if self.token_adapter is not None and name in self.token_adapter.trainable_tokens_delta:
-            suffix = "token_adapter.trainable_tokens_delta"
-            yield NamedAdapterTensor(
-                suffix, f"{suffix}.{name}", self.token_adapter.trainable_tokens_delta[name]
-            )
+            rows = self.token_adapter.trainable_tokens_delta[name]
+            yield NamedAdapterTensor(TOKEN_ROWS, f"{TOKEN_ROWS}.{name}", rows)
 
     def parameters_of(self, name: str) -> Iterator[nn.Parameter]:
         """The parameters of an adapter that this layer itself holds."""
@@ -313,8 +310,7 @@ class LoraLayer(MergingLayer):
         self._rescale(own if scale is None else {name: self.scaling[name] / scale for name in here})
 
     def _own_scaling(self, name: str) -> float:
-        r = self.r[name]
-        return self.lora_alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
+        return scaling_of(self.r[name], self.lora_alpha[name], rslora=self.use_rslora[name])
 
     def _rescale(self, values: Mapping[str, float]) -> None:
         for name in values:

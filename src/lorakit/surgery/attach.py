@@ -12,7 +12,8 @@ import torch
 from lorakit.errors import AdapterNameError
 from lorakit.init import initialise
 from lorakit.layers import ModulesToSaveWrapper, ParameterSlot, Place
-from lorakit.surgery.naming import TOKENS, names_in_file, whole_module
+from lorakit.specs import TOKEN_ROWS
+from lorakit.surgery.naming import names_in_file, whole_module
 from lorakit.surgery.paths import joined
 from lorakit.surgery.registry import AdapterRegistry, find_registry, set_registry
 from lorakit.surgery.wrap import wrap_module, wrap_parameter
@@ -150,7 +151,9 @@ def _add_rows(registry: AdapterRegistry, plan: Plan, name: str, tensors: Mapping
         rows = None
         if source is None:
             given = (
-                layer.original_rows(token.indices) if tensors is None else tensors[f"{token.path}.{TOKENS}"]
+                layer.original_rows(token.indices)
+                if tensors is None
+                else tensors[f"{token.path}.{TOKEN_ROWS}"]
             )
             device = torch.device("cpu") if token.device.type == "meta" else token.device
             rows = given.to(device, token.dtype)

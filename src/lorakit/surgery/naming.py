@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from lorakit.specs import FILE_NAMES
+from lorakit.specs import FILE_NAMES, TOKEN_ROWS
 from lorakit.surgery.paths import joined, located, nested
 
 if TYPE_CHECKING:
@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from lorakit.surgery.plan import Plan
-
-TOKENS = "token_adapter.trainable_tokens_delta"
 
 
 class Names(NamedTuple):
@@ -91,7 +89,7 @@ def expected_tensors(plan: Plan) -> dict[str, tuple[int, ...]]:
             expected[f"{path}.{key}"] = tuple(tensor.shape)
     for token in plan.tokens:
         if token.tied_to is None:
-            expected[f"{token.path}.{TOKENS}"] = (len(token.indices), token.width)
+            expected[f"{token.path}.{TOKEN_ROWS}"] = (len(token.indices), token.width)
     for name in (*plan.biases, *plan.base_weights):
         expected[names.parameter(name)] = tuple(plan.base_parameter(name).shape)
     return expected
@@ -136,7 +134,7 @@ def tied_names(plan: Plan) -> dict[str, SameAs]:
     for token in plan.tokens:
         if token.tied_to is not None:
             rows = (len(token.indices), token.width)
-            found[f"{token.path}.{TOKENS}"] = SameAs(token.path, f"{token.tied_to}.{TOKENS}", rows)
+            found[f"{token.path}.{TOKEN_ROWS}"] = SameAs(token.path, f"{token.tied_to}.{TOKEN_ROWS}", rows)
     return found | _other_names(plan, names)
 
 

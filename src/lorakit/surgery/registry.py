@@ -6,10 +6,9 @@ No operation walks the model again to find its layers, so none grows with the si
 from __future__ import annotations
 
 import warnings
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
-from lorakit.errors import AdapterError, AdapterNameError, AdapterStateError, UnsupportedError
+from lorakit.errors import AdapterNameError, AdapterStateError, UnsupportedError, at_path
 from lorakit.layers import Owner, ParamWrapper
 from lorakit.layers.slot import single_owner
 from lorakit.layers.tied import merged_with
@@ -324,16 +323,6 @@ class AdapterRegistry:
         self.replication = replication
         if replication is not None:
             replication.install()
-
-
-@contextmanager
-def at_path(path: str) -> Iterator[None]:
-    """Name the module in an error that its layer raises."""
-    try:
-        yield
-    except AdapterError as error:
-        error.args = (f"{path}: {error}", *error.args[1:])
-        raise
 
 
 def find_registry(model: nn.Module) -> AdapterRegistry | None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
-from lorakit.config import NearNames
+from lorakit.config import NearNames, ends_in
 from lorakit.init.registry import initialiser_name
 from lorakit.layers import PARAMETER, attention_parts
 from lorakit.layers.whole import has_own_forward
-from lorakit.specs import AdapterSpec
+from lorakit.specs import AdapterSpec, adapter_dtype, scaling_of
 from lorakit.surgery.describe import is_read_by_parent, may_read
 from lorakit.surgery.paths import joined
 from lorakit.weights import find_codec
@@ -71,7 +70,7 @@ def parameter_rows(description: Description, rules: Rules, loose: list[str]) -> 
         for attribute, _ in node.module.named_parameters(recurse=False):
             name = joined(node.path, attribute)
             names.append(name)
-            hits = [entry for entry in wanted if name == entry or name.endswith(f".{entry}")]
+            hits = [entry for entry in wanted if ends_in(name, entry)]
             if hits:
                 wanted.update(dict.fromkeys(hits, True))
                 yield from _parameter_row(node, attribute, rules)
@@ -166,7 +165,6 @@ def _row(
     if refused:
         rules.problems.append(f"{path}: {refused}")
         return []
-    half = weight.dtype in {torch.float16, torch.bfloat16}
     return [
         AdapterSpec(
             path=path,
@@ -174,11 +172,11 @@ def _row(
             layout=layout,
             r=r,
             lora_alpha=alpha,
-            scaling=alpha / math.sqrt(r) if config.use_rslora else alpha / r,
+            scaling=scaling_of(r, alpha, rslora=config.use_rslora),
             dropout=dropout,
             lora_bias=config.lora_bias,
             init=initialiser_name(config.init_lora_weights),
-            dtype=torch.float32 if half and rules.widen else weight.dtype,
+            dtype=adapter_dtype(weight.dtype, widen=rules.widen),
             device=weight.device,
         )
     ]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
+from lorakit.config import ends_in
 from lorakit.surgery.paths import joined
 
 if TYPE_CHECKING:
@@ -132,12 +133,12 @@ def spelled_out(
 def _spelled_out_rows(rows: dict[str, list[int]], specs: dict[str, TokenSpec]) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for name, indices in rows.items():
-        paths = [path for path in specs if f".{path}".endswith(f".{name}")]
+        paths = [path for path in specs if ends_in(path, name)]
         tied = any(specs[path].tied_to for path in paths)
         found.update({path: list(indices) for path in (paths if tied else [name])})
     sources = {spec.tied_to for spec in specs.values() if spec.tied_to in specs}
     for source in sources:  # asked for only by way of a module that is tied to it
-        if source is not None and not any(f".{source}".endswith(f".{name}") for name in found):
+        if source is not None and not any(ends_in(source, name) for name in found):
             found[source] = list(specs[source].indices)
     return found
 

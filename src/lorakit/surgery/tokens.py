@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lorakit.config import NearNames
+from lorakit.config import NearNames, ends_in
+from lorakit.specs import adapter_dtype
 from lorakit.surgery.describe import is_read_by_parent
 from lorakit.weights import find_codec
 
@@ -92,8 +93,7 @@ def token_specs(
             continue
         weight = node.module.weight
         assert isinstance(weight, torch.Tensor)
-        half = weight.dtype in {torch.float16, torch.bfloat16}
-        dtype = torch.float32 if half and widen else weight.dtype
+        dtype = adapter_dtype(weight.dtype, widen=widen)
         specs.append(TokenSpec(path, own, weight.shape[1], dtype, weight.device, source))
     return tuple(sorted(specs, key=lambda spec: spec.tied_to is not None))
 
@@ -123,7 +123,7 @@ def _asked(description: Description, config: LoraConfig, problems: list[str]) ->
         path = description.path_of(named)
         if path is None:
             saved = [key for key, wrapper in description.saved.items() if wrapper.original_module is named]
-            ends = [key for key in paths if f".{key}".endswith(".embed_tokens")]
+            ends = [key for key in paths if ends_in(key, "embed_tokens")]
             path = next(iter([*saved, *ends]), None)
         if path is None:
             problems.append(
@@ -133,7 +133,7 @@ def _asked(description: Description, config: LoraConfig, problems: list[str]) ->
         return {path: tuple(wanted)}
     found: dict[str, tuple[int, ...]] = {}
     for name, indices in wanted.items():
-        hits = [path for path in paths if f".{path}".endswith(f".{name}")]
+        hits = [path for path in paths if ends_in(path, name)]
         if not hits:
             problems.append(f"trainable_token_indices: {name!r} matches no module" + NearNames(paths)(name))
         found.update(dict.fromkeys(hits, tuple(indices)))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lorakit.errors import at_path
 from lorakit.layers.tied import merged_with
 from lorakit.surgery.attach import thaw
 from lorakit.surgery.choice import drop_checkpoints
-from lorakit.surgery.registry import at_path, set_registry
+from lorakit.surgery.registry import set_registry
 from lorakit.surgery.ties import settle_ties
 
 if TYPE_CHECKING:
