@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from lorakit.layers.base import LoraLayer
-from lorakit.layers.factors import let_go, looking_conv, pointwise_conv
+from lorakit.layers.factors import acting_rate, let_go, looking_conv, pointwise_conv
 from lorakit.layers.hooks import add_to_output, inside, is_observed
 from lorakit.layers.linear import held_by_modules
+from lorakit.layers.mixing import scaling_by_sample, then_zeros
 from lorakit.layers.whole import has_own_forward, run_changed
 from lorakit.layouts import filled
 from lorakit.weights.dense import CONVOLUTIONS
@@ -77,11 +78,9 @@ class Conv(LoraLayer):
         per_group = max(item.B.shape[1] for item in stored)
         groups, space = self.layout.groups, len(self.layout.row) - 1
         # (n + 1, groups·rank, in, *kernel) and (n + 1, out, rank)
-        A = _then_zeros([self._by_group(item.A, per_group) for item in stored])
-        B = _then_zeros([filled(item.B.flatten(1), per_group, dim=1) for item in stored])
-        wide = torch.promote_types(y.dtype, torch.float32)
-        scalings = [*(float(self.scaling[name]) for name in names), 0.0]
-        scaling = torch.tensor(scalings, device=y.device, dtype=wide)[ids]
+        A = then_zeros([self._by_group(item.A, per_group) for item in stored])
+        B = then_zeros([filled(item.B.flatten(1), per_group, dim=1) for item in stored])
+        scaling = scaling_by_sample(self, names, ids, y)
         h = self._convolve_each(self._dropped(x, names, ids), A.to(x.dtype)[ids])
         h = (h * scaling.view(-1, 1, *(1,) * space)).to(h.dtype)
         each = h.reshape(len(ids) * groups, per_group, -1)
@@ -89,7 +88,7 @@ class Conv(LoraLayer):
         y = y + torch.bmm(matrices, each).reshape(y.shape).to(y.dtype)
         if any(item.bias is not None for item in stored):
             none = B.new_zeros(self.layout.out)
-            biases = _then_zeros([none if item.bias is None else item.bias for item in stored])[ids]
+            biases = then_zeros([none if item.bias is None else item.bias for item in stored])[ids]
             y = y + (biases * scaling.unsqueeze(-1)).view(*y.shape[:2], *(1,) * space).to(y.dtype)
         return y
 
@@ -100,16 +99,12 @@ class Conv(LoraLayer):
 
     def _dropped(self, x: Tensor, names: tuple[str, ...], ids: Tensor) -> Tensor:
         """X after the dropout of each sample's own adapter."""
-        rates = [self._rate(name) for name in names]
+        rates = [acting_rate(self.lora_dropout[name]) for name in names]
         if not any(rates):
             return x
         rate = torch.tensor([*rates, 0.0], device=x.device)[ids].view(-1, *(1,) * (x.ndim - 1))
         kept = torch.rand(x.shape, device=x.device) >= rate
         return x * (kept / (1 - rate)).to(x.dtype)
-
-    def _rate(self, name: str) -> float:
-        dropout = self.lora_dropout[name]
-        return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
     def _convolve(self, x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
         """X with `weight`, where the base looks."""
@@ -141,8 +136,3 @@ class Conv(LoraLayer):
 
     def _held(self, name: str) -> dict[str, tuple[str, nn.Parameter]]:
         return held_by_modules(self.lora_A, self.lora_B, name)
-
-
-def _then_zeros(tensors: list[Tensor]) -> Tensor:
-    """The tensors stacked, and zeros of the same shape after them: what -1 picks."""
-    return torch.stack([*tensors, torch.zeros_like(tensors[0])])

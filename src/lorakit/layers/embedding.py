@@ -11,7 +11,7 @@ from torch.nn.functional import embedding, linear
 from lorakit.layers.base import LoraLayer
 from lorakit.layers.factors import let_go
 from lorakit.layers.hooks import add_to_output, inside
-from lorakit.layers.mixing import rows_by_sample
+from lorakit.layers.mixing import rows_by_sample, scaling_by_sample, then_zeros
 from lorakit.layers.whole import has_own_forward, run_changed
 from lorakit.layouts import filled
 
@@ -82,11 +82,8 @@ class Embedding(LoraLayer):
         table = torch.cat([*tables, tables[0].new_zeros(1, rank)])
         places = x.reshape(len(ids), -1) + (ids * self.layout.shape[1]).unsqueeze(-1)
         places = torch.where((ids < 0).unsqueeze(-1), len(table) - 1, places)
-        Bs = [filled(item.B, rank, dim=1) for item in stored]
-        B = torch.stack([*Bs, torch.zeros_like(Bs[0])]).to(y.dtype)[ids]
-        wide = torch.promote_types(y.dtype, torch.float32)
-        scalings = [*(float(self.scaling[name]) for name in names), 0.0]
-        scaling = torch.tensor(scalings, device=y.device, dtype=wide)[ids]
+        B = then_zeros([filled(item.B, rank, dim=1) for item in stored]).to(y.dtype)[ids]
+        scaling = scaling_by_sample(self, names, ids, y)
         h = self._look_up_mixed(places, table) * scaling.view(-1, 1, 1) * self._scale
         return y + torch.bmm(h.to(y.dtype), B.mT).view(y.shape).to(y.dtype)
 

@@ -17,6 +17,11 @@ def let_go(name: str, *holders: nn.ModuleDict | nn.ParameterDict) -> None:
             del holder[name]
 
 
+def acting_rate(dropout: nn.Module) -> float:
+    """The probability with which an adapter's dropout zeroes an element now."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
 def plain_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     """An `nn.Linear` that takes these very tensors as its parameters.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.layers.base import LoraLayer
-from lorakit.layers.factors import let_go, plain_linear
+from lorakit.layers.factors import acting_rate, let_go, plain_linear
 from lorakit.layers.hooks import is_observed, may_keep_output
 from lorakit.layers.mixing import BankKeeper, rows_by_sample
 from lorakit.layers.whole import acting_on_all, changed_stand_in
@@ -54,17 +54,20 @@ class Linear(LoraLayer):
             return output
         factors = [name for name in route if name in self.r]
         terms = self._terms(factors)
-        if terms is None:
-            return self._forward_through_modules(factors, route, x, *args, **kwargs)
         base = self.base_layer
         plain = type(base) is self._fused_type and not args and not kwargs and not is_observed(base)
-        if plain and self.token_adapter is None:
+        if plain and self.token_adapter is None and terms is not None:
             held = cast("nn.Linear", base)
             return lora_linear(x, held.weight, held.bias, terms, transposed=self.layout.transposed)
         y: Tensor = base(x, *args, **kwargs)
         if self.token_adapter is not None:
             y = self.token_adapter.in_head(y, x, route, getattr(self.base_layer, "bias", None))
-        return lora_add(self._given_away(y), x, terms)
+        if terms is not None:
+            return lora_add(self._given_away(y), x, terms)
+        dtype = y.dtype
+        for name in factors:
+            y = self._add_by_modules(name, y, x)
+        return y.to(dtype)
 
     def _forward_mixed(
         self, chosen: Chosen, present: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any
@@ -131,24 +134,10 @@ class Linear(LoraLayer):
         return terms
 
     def _term(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> Term:
-        dropout = self.lora_dropout[name]
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return Term(A, B, bias, self.scaling[name], p)
-
-    def _forward_through_modules(
-        self, factors: list[str], route: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any
-    ) -> Tensor:
-        """The same sum by calling the modules, so that whatever hangs on them runs."""
-        y: Tensor = self.base_layer(x, *args, **kwargs)
-        dtype = y.dtype
-        if self.token_adapter is not None:
-            y = self.token_adapter.in_head(y, x, route, getattr(self.base_layer, "bias", None))
-        for name in factors:
-            y = self._add_by_modules(name, y, x)
-        return y.to(dtype)
+        return Term(A, B, bias, self.scaling[name], acting_rate(self.lora_dropout[name]))
 
     def _add_by_modules(self, name: str, y: Tensor, x: Tensor) -> Tensor:
-        """Y and what one adapter adds, in the wider of their dtypes."""
+        """Y and what one adapter adds, in the wider of their dtypes; its modules are called, for something hangs on one."""
         if name in self.tied:
             return lora_add(y, x, [self._term(name, *self.stored(name))])
         A, B, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]

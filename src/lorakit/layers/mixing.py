@@ -11,7 +11,7 @@ from torch.nn.modules import module as _module
 from lorakit.ops import Bank
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
@@ -127,6 +127,25 @@ class BankKeeper:
 
     def __reduce__(self) -> tuple[type[BankKeeper], tuple[()]]:
         return BankKeeper, ()  # copies and pickles of a layer begin without any
+
+
+def then_zeros(tensors: Sequence[Tensor]) -> Tensor:
+    """The tensors stacked, and zeros of the same shape after them: what -1, the base alone, picks."""
+    return torch.stack([*tensors, torch.zeros_like(tensors[0])])
+
+
+def scaling_by_sample(layer: LoraLayer, names: Names, ids: Tensor, y: Tensor) -> Tensor:
+    """(samples,), the scaling of each sample's adapter in fp32 at least; 0 for the base alone.
+
+    Args:
+        layer: that the adapters are on.
+        names: the adapters.
+        ids: (samples,), the place of each sample's adapter in `names`, or -1.
+        y: the layer's output.
+    """
+    wide = torch.promote_types(y.dtype, torch.float32)
+    scalings = [*(float(layer.scaling[name]) for name in names), 0.0]
+    return torch.tensor(scalings, device=y.device, dtype=wide)[ids]
 
 
 def rows_by_sample(
