@@ -13,6 +13,7 @@ import torch
 
 from lorakit.ops import Term
 from lorakit.ops.reference import must_compose
+from lorakit.ops.stamps import Stamp
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,28 +111,23 @@ SINGLE = Arrangement(0, by_rank=False)
 
 
 class StackKeeper:
-    """Keeps arranged factors from call to call, while nobody trains or changes them.
-
-    A parameter is taken to be the same while its identity, its version and its storage are.
-    """
+    """Keeps arranged factors from call to call, while nobody trains or changes them."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[Any, Tensor, Stack]] = {}
+        self._kept: dict[str, tuple[Stamp, Stack]] = {}
 
     def stack(self, key: str, factor: Tensor, arrangement: Arrangement) -> Stack:
         """The stack of a factor, new or kept under a key."""
         trained = factor.requires_grad and torch.is_grad_enabled()
-        if trained or type(factor) is not torch.nn.Parameter or torch.compiler.is_compiling():
+        countless = type(factor) is not torch.nn.Parameter or factor.is_inference()
+        if trained or countless or torch.compiler.is_compiling():
             self._kept.pop(key, None)
             return Stack(factor, arrangement)
         kept = self._kept.get(key)
-        stamp = _stamp(factor)
-        if kept is not None and stamp is not None and kept[0] == stamp:
-            return kept[2]
+        if kept is not None and kept[1].factor is factor and kept[0].holds():
+            return kept[1]
         made = Stack(factor, arrangement)
-        if stamp is not None:
-            # the second holds the storage, so that no other can come to lie at its address
-            self._kept[key] = (stamp, factor.detach(), made)
+        self._kept[key] = (Stamp.of([factor]), made)
         return made
 
     def clear(self) -> None:
@@ -140,13 +136,6 @@ class StackKeeper:
 
     def __reduce__(self) -> tuple[type[StackKeeper], tuple[()]]:
         return StackKeeper, ()  # copies and pickles of a layer begin without any
-
-
-def _stamp(factor: Tensor) -> tuple[Any, ...] | None:
-    """What changes when a parameter is written to, moved or replaced; None where torch does not count writes."""
-    if factor.is_inference():
-        return None
-    return id(factor), factor._version, factor.data_ptr(), factor.dtype, factor.device
 
 
 def aligned(rows: Tensor) -> Tensor:

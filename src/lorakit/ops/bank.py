@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from lorakit.ops.reference import PLAIN, can_read
+from lorakit.ops.stamps import Stamp
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,21 +31,6 @@ class Stack(NamedTuple):
     """(rows + 1, in): the A of each adapter in turn."""
     B: Tensor
     """(rows + 1, out): the transposed B of each adapter in turn."""
-
-
-class _Stamp(NamedTuple):
-    """By what a parameter is taken to be the one it was: its version, and its address, which `.data =` changes."""
-
-    tensors: tuple[Tensor, ...]
-    versioned: tuple[Tensor, ...]  # those that count their versions: inference tensors do not
-    addresses: list[int]
-    versions: list[int]
-
-    def holds(self) -> bool:
-        """Whether nothing was written to the tensors."""
-        return [t._version for t in self.versioned] == self.versions and [
-            t.data_ptr() for t in self.tensors
-        ] == self.addresses
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +57,7 @@ class Bank:
     is_plain: bool
     has_dropout: bool
     has_bias: bool
-    _stamp: _Stamp | None
+    _stamp: Stamp | None
     _made: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @staticmethod
@@ -226,12 +212,9 @@ def _numbers(terms: Sequence[Term | None]) -> tuple[float, ...]:
     return tuple([float(scaling) for scaling in scalings])
 
 
-def _stamp(terms: Sequence[Term | None]) -> _Stamp | None:
+def _stamp(terms: Sequence[Term | None]) -> Stamp | None:
     """The present state of every tensor; None where tensors have no such state."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
-    tensors = tuple([t for term in terms if term is not None for t in term if isinstance(t, torch.Tensor)])
-    if not all(type(t) in PLAIN for t in tensors):
-        return None
-    versioned = tuple([t for t in tensors if not t.is_inference()])
-    return _Stamp(tensors, versioned, [t.data_ptr() for t in tensors], [t._version for t in versioned])
+    tensors = [t for term in terms if term is not None for t in term if isinstance(t, torch.Tensor)]
+    return Stamp.of(tensors) if all(type(t) in PLAIN for t in tensors) else None
