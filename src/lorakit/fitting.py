@@ -11,7 +11,8 @@ from lorakit.checkpoint.keys import apply_key_mapping, from_file_key, to_file_ke
 from lorakit.errors import AdapterFormatError, KeyMismatchError, bullet_list
 from lorakit.init import initialise
 from lorakit.specs import TOKEN_ROWS
-from lorakit.surgery import Description, expected_tensors
+from lorakit.surgery import expected_tensors
+from lorakit.surgery.describe import embedding_of
 from lorakit.surgery.naming import names_in_file, tied_names, whole_module
 
 if TYPE_CHECKING:
@@ -91,8 +92,7 @@ def _embeddings_in(plan: Plan, keys: Mapping[str, str]) -> dict[str, str]:
 
 def embedding_weights(model: nn.Module) -> list[Tensor]:
     """The base's own weights of a transformers model's input and output embeddings."""
-    bare = Description(model, {}, {})
-    weights = [getattr(bare.embedding(side), "weight", None) for side in ("input", "output")]
+    weights = [getattr(embedding_of(model, side), "weight", None) for side in ("input", "output")]
     return [weight for weight in weights if isinstance(weight, torch.Tensor)]
 
 

@@ -54,25 +54,25 @@ class Description(NamedTuple):
 
     def embedding(self, side: str) -> nn.Module | None:
         """The base module of the "input" or "output" embedding, where the model names one."""
-        getter = getattr(self.model, f"get_{side}_embeddings", None)
-        found = _named(getter) if callable(getter) else None
-        return found if isinstance(found, nn.Module) else None
+        return embedding_of(self.model, side)
 
     def path_of(self, module: nn.Module | None) -> str | None:
         """The path of a base module, or None."""
         return next((path for path, node in self.nodes.items() if node.module is module), None)
 
 
-def _named(getter: object) -> object:
-    """What a model says is its embedding, below our wrappers; None where it has none to name."""
-    assert callable(getter)
+def embedding_of(model: nn.Module, side: str) -> nn.Module | None:
+    """What a model says is its "input" or "output" embedding, below our wrappers; None where it names none."""
+    getter = getattr(model, f"get_{side}_embeddings", None)
     try:
-        found = getter()
-    except (NotImplementedError, AttributeError):
+        found = getter() if callable(getter) else None
+    except (NotImplementedError, AttributeError):  # transformers' way of saying that a model has none
         return None
     if isinstance(found, LoraLayer):
         return found.get_base_layer()
-    return found.original_module if isinstance(found, ModulesToSaveWrapper) else found
+    if isinstance(found, ModulesToSaveWrapper):
+        return found.original_module
+    return found if isinstance(found, nn.Module) else None
 
 
 def describe(

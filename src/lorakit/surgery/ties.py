@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from lorakit.config import ends_in
+from lorakit.surgery.describe import embedding_of
 from lorakit.surgery.paths import joined
 
 if TYPE_CHECKING:
@@ -224,11 +225,7 @@ def _configs(config: Any) -> Iterator[Any]:
 
 def _input_name(model: nn.Module, names: Sequence[str]) -> str | None:
     """The one of these parameters that is the weight of the model's input embedding."""
-    getter = getattr(model, "get_input_embeddings", None)
-    try:
-        embedding = getter() if callable(getter) else None
-    except (NotImplementedError, AttributeError):
-        return None
+    embedding = embedding_of(model, "input")
     return next((name for name in names if model.get_submodule(name.rpartition(".")[0]) is embedding), None)
 
 
