@@ -119,8 +119,10 @@ class StackKeeper:
     def stack(self, key: str, factor: Tensor, arrangement: Arrangement) -> Stack:
         """The stack of a factor, new or kept under a key."""
         trained = factor.requires_grad and torch.is_grad_enabled()
-        countless = type(factor) is not torch.nn.Parameter or factor.is_inference()
-        if trained or countless or torch.compiler.is_compiling():
+        changes = trained or torch.compiler.is_compiling() or type(factor) is not torch.nn.Parameter
+        if (
+            changes or factor.is_inference()
+        ):  # last: torch.compile cannot ask it, and torch counts no writes there
             self._kept.pop(key, None)
             return Stack(factor, arrangement)
         kept = self._kept.get(key)
