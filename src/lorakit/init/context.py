@@ -40,7 +40,17 @@ class InitContext:
 
 
 class InitResult(NamedTuple):
-    """New factors, and the new base weight (out, in) for schemes that change it, else None."""
+    """What a scheme makes for one block.
+
+    Attributes:
+        factors: of the adapter.
+        offset: factors whose delta is taken off the base weight for this adapter alone: the adapter adds
+            `factors.delta() - offset.delta()` to the untouched base. For schemes that begin from a part of the weight
+            (PiSSA, OLoRA, CorDA, LoRA-GA); None elsewhere. Its scaling stays what it is here.
+        base_weight: (out, in), what the base is to hold from now on, for schemes that are meant to change the base
+            (LoftQ: its quantised values); None elsewhere.
+    """
 
     factors: Factors
+    offset: Factors | None = None
     base_weight: Tensor | None = None
