@@ -33,8 +33,11 @@ def merge_delta(
     sign: float = 1.0,
     transposed: bool = False,
     out: Tensor | None = None,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """`W + sign * sum_i s_i B_i A_i`, accumulated in float32 (float64 for a float64 W) and rounded once.
+
+    With `rows` it is `diag(rows) W + ...`.
 
     Args:
         W: (out, in), or (in, out) when `transposed`; any floating dtype and strides.
@@ -42,6 +45,7 @@ def merge_delta(
         sign: 1.0 to add, -1.0 to subtract.
         transposed: whether W is stored (in, out), as transformers' Conv1D does.
         out: where to write, with W's shape, dtype and device; may be W itself. A fresh tensor when None.
+        rows: (out,) factors on the rows of W (on its columns when `transposed`), or None for ones.
 
     Returns:
         `out`, or the fresh tensor, in W's dtype. Biases of the factors are not looked at.
@@ -50,16 +54,19 @@ def merge_delta(
     wide = torch.float64 if W.dtype == torch.float64 else torch.float32
     pairs = [(f.A.t(), f.B.t(), f.scaling) if transposed else (f.B, f.A, f.scaling) for f in factors]
     pairs = [(left, right.to(W.device, wide), sign * scaling) for left, right, scaling in pairs]
+    factor = None if rows is None else rows.to(W.device, wide).view((1, -1) if transposed else (-1, 1))
     step = tile_rows((W.shape[0], W.shape[1]))
     for start in range(0, W.shape[0], step):
-        rows = slice(start, start + step)
-        source, target = W[rows], result[rows]
+        part = slice(start, start + step)
+        source, target = W[part], result[part]
         if W.dtype == wide:
             tile = target if target.data_ptr() == source.data_ptr() else target.copy_(source)
         else:
             tile = source.to(wide)
+        if factor is not None:
+            tile.mul_(factor if transposed else factor[part])
         for left, right, alpha in pairs:
-            tile.addmm_(left[rows].to(W.device, wide), right, alpha=alpha)
+            tile.addmm_(left[part].to(W.device, wide), right, alpha=alpha)
         if tile is not target:
             target.copy_(tile)
     return result

@@ -49,10 +49,11 @@ class WeightCodec(Protocol):
     def layout(self, base: nn.Module) -> Layout:
         """The shapes of the weight and of factors for it, and whether it is stored (in, out)."""
 
-    def read(self, base: nn.Module, dtype: torch.dtype) -> Tensor:
+    def read(self, base: nn.Module, dtype: torch.dtype, state: WeightState | None = None) -> Tensor:
         """The weight as a fresh tensor of `dtype`: (out, in), of experts (experts, out, in).
 
-        A convolution's kernel counts into `in`; a grouped one's has in / groups columns.
+        A convolution's kernel counts into `in`; a grouped one's has in / groups columns. The weight is what `base`
+        holds now, or what it holds in another `state` of it.
         """
 
     def state(self, base: nn.Module) -> WeightState:
@@ -62,11 +63,16 @@ class WeightCodec(Protocol):
         """What `swap` needs to give `base` the weight `W`, shaped as `read` gives it."""
 
     def merged(
-        self, base: nn.Module, state: WeightState, adapters: Sequence[Sequence[Factors]]
+        self,
+        base: nn.Module,
+        state: WeightState,
+        adapters: Sequence[Sequence[Factors]],
+        rows: Tensor | None = None,
     ) -> WeightState:
         """`state` with the deltas of every adapter's blocks added, accumulated in fp32 and rounded once.
 
-        `base` itself is only asked how it stores a weight.
+        `base` itself is only asked how it stores a weight. `rows`, (out,), multiplies each output's row of the former
+        weight (not of the deltas, and no bias) first: adapters that rescale the weight (DoRA) need it.
         """
 
     def swap(self, base: nn.Module, state: WeightState) -> WeightState:

@@ -63,9 +63,10 @@ class DenseCodec:
             return matrix_layout(columns, rows, transposed=True)
         return matrix_layout(rows, columns)
 
-    def read(self, base: nn.Module, dtype: torch.dtype) -> Tensor:
+    def read(self, base: nn.Module, dtype: torch.dtype, state: WeightState | None = None) -> Tensor:
         """A fresh (out, in) copy."""
-        weight = self._weight(base).detach().flatten(start_dim=1)
+        held = self._weight(base) if state is None else state.weight
+        weight = held.detach().flatten(start_dim=1)
         return (weight.T if self.layout(base).transposed else weight).to(dtype, copy=True)
 
     def state(self, base: nn.Module) -> WeightState:
@@ -81,13 +82,17 @@ class DenseCodec:
         return old._replace(weight=new)
 
     def merged(
-        self, base: nn.Module, state: WeightState, adapters: Sequence[Sequence[Factors]]
+        self,
+        base: nn.Module,
+        state: WeightState,
+        adapters: Sequence[Sequence[Factors]],
+        rows: Tensor | None = None,
     ) -> WeightState:
         """W + sum of the deltas; the bias takes the biases of the factors; a grouped weight becomes ungrouped."""
         layout = self.layout(base)
         if state.groups is not None:  # the base may hold an ungrouped weight now
             layout = Layout(layout.out, layout.row, groups=state.groups)
-        weight = add_blocks(layout, state.weight, adapters)
+        weight = add_blocks(layout, state.weight, adapters, rows)
         bias = add_biases(state.bias, adapters)
         return WeightState(weight, bias, 1 if state.groups else None)
 
@@ -115,13 +120,24 @@ class DenseCodec:
 
 
 @torch.no_grad()
-def add_blocks(layout: Layout, weight: nn.Parameter, adapters: Sequence[Sequence[Factors]]) -> nn.Parameter:
-    """A new parameter of `weight` plus every adapter's delta, each block in its own part of the weight."""
+def add_blocks(
+    layout: Layout,
+    weight: nn.Parameter,
+    adapters: Sequence[Sequence[Factors]],
+    rows: Tensor | None = None,
+) -> nn.Parameter:
+    """A new parameter of `weight` plus every adapter's delta, each block in its own part of the weight.
+
+    `rows` (out,), where given, multiplies the rows of `weight` first.
+    """
     dense = layout.make_dense(weight.detach())
     flat = dense.contiguous()
     new = torch.empty_like(flat)
-    for source, target, *blocks in zip(layout.regions(flat), layout.regions(new), *adapters, strict=True):
-        merge_delta(source, blocks, transposed=layout.transposed, out=target)
+    regions = layout.regions(flat), layout.regions(new)
+    # the outputs of each block; experts share theirs
+    each = [rows] * layout.blocks if rows is None or layout.experts else list(rows.chunk(layout.blocks))
+    for source, target, own, *blocks in zip(*regions, each, *adapters, strict=True):
+        merge_delta(source, blocks, transposed=layout.transposed, out=target, rows=own)
     if flat is not dense:  # channels_last, or a transposed view: the strides stay what they were
         new = torch.empty_like(dense).copy_(new)
     return nn.Parameter(new, requires_grad=weight.requires_grad)

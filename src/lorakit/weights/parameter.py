@@ -56,9 +56,9 @@ class ParameterCodec:
             return Layout(columns, (rows,), experts=experts, transposed=True)
         return Layout(rows, (columns,), experts=experts)
 
-    def read(self, base: nn.Module, dtype: torch.dtype) -> Tensor:
+    def read(self, base: nn.Module, dtype: torch.dtype, state: WeightState | None = None) -> Tensor:
         """A fresh copy, (out, in) or (experts, out, in)."""
-        weight = self._weight(base).detach()
+        weight = (self._weight(base) if state is None else state.weight).detach()
         return (weight.mT if self.layout(base).transposed else weight).to(dtype, copy=True)
 
     def state(self, base: nn.Module) -> WeightState:
@@ -72,10 +72,14 @@ class ParameterCodec:
         return WeightState(nn.Parameter(stored, requires_grad=old.requires_grad))
 
     def merged(
-        self, base: nn.Module, state: WeightState, adapters: Sequence[Sequence[Factors]]
+        self,
+        base: nn.Module,
+        state: WeightState,
+        adapters: Sequence[Sequence[Factors]],
+        rows: Tensor | None = None,
     ) -> WeightState:
         """W + sum of the deltas, expert by expert."""
-        return WeightState(add_blocks(self.layout(base), state.weight, adapters))
+        return WeightState(add_blocks(self.layout(base), state.weight, adapters, rows))
 
     def swap(self, base: nn.Module, state: WeightState) -> WeightState:
         """Exchange the parameter objects."""
