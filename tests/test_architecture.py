@@ -19,7 +19,7 @@ FLOORS = {
     "errors": 0, "types": 0, "layouts": 0, "specs": 0, "config": 0,
     "ops": 1,
     "weights": 2,
-    "init": 3, "combiners": 3,
+    "init": 3, "combiners": 3, "variants": 3,
     "layers": 4,
     "checkpoint": 4,
     "surgery": 5,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from lorakit.layouts import Layout
 
 FILE_NAMES = {
@@ -32,6 +34,39 @@ def adapter_dtype(base: torch.dtype, *, widen: bool) -> torch.dtype:
     return torch.float32 if widen and base in {torch.float16, torch.bfloat16} else base
 
 
+class PartName(NamedTuple):
+    """What a tensor that an adapter has beside its factors is called.
+
+    Attributes:
+        holder: the attribute of a layer that holds it by adapter name, such as "lora_magnitude_vector".
+        in_file: its name in a file, below the module.
+        in_module: whether it is the `weight` of a module there.
+    """
+
+    holder: str
+    in_file: str
+    in_module: bool = False
+
+    def state_suffix(self, adapter: str) -> str:
+        """Its name below the layer in a state dict."""
+        return f"{self.holder}.{adapter}" + (".weight" if self.in_module else "")
+
+
+class PlannedVariant(Protocol):
+    """What a plan knows of a variant; see `lorakit.variants.Variant`."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def parts(self) -> Mapping[str, PartName]: ...  # noqa: D102
+
+    @property
+    def frozen(self) -> frozenset[str]: ...  # noqa: D102
+
+    def shapes(self, path: str, layout: Layout, r: int) -> Mapping[str, tuple[int, ...]]: ...  # noqa: D102
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterSpec:
     """One row of a plan: what an adapter puts on one weight.
@@ -49,6 +84,8 @@ class AdapterSpec:
         dtype: dtype of the adapter's parameters.
         device: where the base weight lives.
         tied_to: path of the embedding whose factors, transposed, are also this layer's; None for own factors.
+        variant: what the adapter is more than plain LoRA, or None.
+        frozen: which of its tensors are never trained: "A", "B", or parts of the variant.
     """
 
     path: str
@@ -63,6 +100,8 @@ class AdapterSpec:
     dtype: torch.dtype
     device: torch.device
     tied_to: str | None = None
+    variant: PlannedVariant | None = None
+    frozen: frozenset[str] = frozenset()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -71,16 +110,23 @@ class AdapterSpec:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the adapter's own tensors here: "A", "B" and, under `lora_bias`, "bias"."""
+        """The shapes of the adapter's own tensors here: "A", "B", under `lora_bias` "bias", and parts of its variant."""
         A, B = self.layout.factor_shapes(self.r)
-        found = {"A": A, "B": B}
-        return {**found, "bias": (self.layout.out,)} if self.lora_bias else found
+        found: dict[str, tuple[int, ...]] = {"A": A, "B": B}
+        if self.lora_bias:
+            found["bias"] = (self.layout.out,)
+        return (
+            found
+            if self.variant is None
+            else {**found, **self.variant.shapes(self.path, self.layout, self.r)}
+        )
 
     @property
     def file_names(self) -> dict[str, str]:
         """The names of those tensors in a file, below the module."""
         names = FILE_NAMES.get(self.kind, FILE_NAMES[""])
-        return {part: names[part] for part in self.shapes}
+        more = {} if self.variant is None else self.variant.parts
+        return {part: names[part] if part in names else more[part].in_file for part in self.shapes}
 
     @property
     def parameters(self) -> int:
