@@ -135,6 +135,12 @@ class Layout:
         matrix = weight.view(weight.shape[0], -1)
         return tuple(matrix.chunk(self.groups))
 
+    def by_output(self, rows: Tensor) -> Tensor:
+        """(out,) numbers in the shape that multiplies the stored weight output by output."""
+        if self.transposed:
+            return rows
+        return rows.view(-1, *(1,) * len(self.row))
+
     def make_dense(self, weight: Tensor) -> Tensor:
         """A grouped convolution's weight (out, in / groups, *kernel) as that of an ungrouped one, others as they are.
 

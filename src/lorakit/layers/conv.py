@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
@@ -13,13 +14,24 @@ from lorakit.layers.factors import acting_rate, let_go, looking_conv, pointwise_
 from lorakit.layers.hooks import add_to_output, inside, is_observed
 from lorakit.layers.linear import held_by_modules
 from lorakit.layers.mixing import scaling_by_sample, then_zeros
+from lorakit.layers.varied import (
+    add_by_sample,
+    add_variants,
+    held_by,
+    offset_of,
+    parted,
+    parted_by_sample,
+)
 from lorakit.layers.whole import has_own_forward, run_changed
 from lorakit.layouts import filled
 from lorakit.weights.dense import CONVOLUTIONS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
     from lorakit.layers.chosen import Chosen
     from lorakit.layers.factors import Convolution
+    from lorakit.variants import Held
     from lorakit.weights import WeightCodec
 
 _CONVOLVE = {1: torch.conv1d, 2: torch.conv2d, 3: torch.conv3d}
@@ -51,28 +63,70 @@ class Conv(LoraLayer):
             found: Tensor = run_changed(self, (x, *args), kwargs)
             return found
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        if route and by_sample is not None:
-            return self._mixed(by_sample, route, y, x)
+        if not route:
+            return y
+        again = partial(self._base_again, args, kwargs)
+        if by_sample is not None:
+            return self._mixed(by_sample, route, y, x, again)
         dtype = y.dtype
-        for name in route:
-            y = add_to_output(y, self._contribution(name, x), self.base_layer, _PLAIN)
+        plain, varied = parted(self, route)
+        if varied:
+            y = add_variants(self, varied, y, x, again, self._add)
+        for name in plain:
+            y = self._add_plain(name, y, x)
         return y.to(dtype)
 
-    def _contribution(self, name: str, x: Tensor) -> Tensor:
-        """What an adapter adds; through its modules where something hangs on them."""
-        dropped, scaling = self.lora_dropout[name](x), self.scaling[name]
-        A, B, bias = self.stored(name)
-        if any(is_observed(module) for module in self.modules_of(name)):
-            found: Tensor = self.lora_B[name](self.lora_A[name](dropped.to(A.dtype))) * scaling
-            return found
-        h = self._convolve(dropped, A.to(x.dtype)) * scaling
+    def _base_again(self, args: Sequence[Any], kwargs: Mapping[str, Any], x: Tensor) -> Tensor:
+        """The base's output for another input, with the further arguments of the running call."""
+        found: Tensor = self.base_layer(x, *args, **kwargs)
+        return found
+
+    def _add_plain(self, name: str, y: Tensor, x: Tensor) -> Tensor:
+        """Y, given away, with what a plain adapter adds; through its modules where something hangs on them."""
+        offset = offset_of(self, name)
+        if offset is not None:
+            y = self._add(y, x, offset)
+        dropped = self.lora_dropout[name](x)
+        if not any(is_observed(module) for module in self.modules_of(name)):
+            return self._add(y, dropped, held_by(self, name))
+        A, B = self.lora_A[name], self.lora_B[name]
+        added: Tensor = B(A(dropped.to(next(A.parameters()).dtype))) * self.scaling[name]
+        return add_to_output(y, added, self.base_layer, _PLAIN)
+
+    def _add(self, y: Tensor, x: Tensor, held: Held) -> Tensor:
+        """Y, given away, with what an adapter with such tensors adds."""
+        return add_to_output(y, self._contribution(x, held), self.base_layer, _PLAIN)
+
+    def _contribution(self, x: Tensor, held: Held) -> Tensor:
+        A, B, bias, scaling = held.A, held.B, held.bias, held.scaling
+        h = self._convolve(x, A.to(x.dtype)) * scaling
         space = len(self.layout.row) - 1
         convolve: Any = _CONVOLVE[space]
         z: Tensor = convolve(h, B.to(h.dtype), groups=self.layout.groups)
         return z if bias is None else z + (bias.to(z.dtype) * scaling).view(-1, *(1,) * space)
 
-    def _mixed(self, chosen: Chosen, names: tuple[str, ...], y: Tensor, x: Tensor) -> Tensor:
-        """Each sample through its own adapter: one convolution, in which a sample is a group."""
+    def _mixed(
+        self,
+        chosen: Chosen,
+        present: tuple[str, ...],
+        y: Tensor,
+        x: Tensor,
+        again: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """Each sample through its own adapter."""
+        names, apart = parted_by_sample(self, present)
+        if apart:
+            y = add_by_sample(chosen, apart, y, x, partial(self._add_one, again))
+        return self._mixed_plain(chosen, names, y, x) if names else y
+
+    def _add_one(self, base: Callable[[Tensor], Tensor], name: str, y: Tensor, x: Tensor) -> Tensor:
+        """Y, given away, with what one adapter adds that has a variant or an offset."""
+        if name in self.variants:
+            return add_variants(self, [name], y, x, base, self._add)
+        return self._add_plain(name, y, x)
+
+    def _mixed_plain(self, chosen: Chosen, names: tuple[str, ...], y: Tensor, x: Tensor) -> Tensor:
+        """One convolution, in which a sample is a group."""
         ids = chosen.groups(names, x.shape[0], x.device).ids  # -1, the base alone, finds the zeros at the end
         stored = [self.stored(name) for name in names]
         per_group = max(item.B.shape[1] for item in stored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -12,11 +13,22 @@ from lorakit.layers.base import LoraLayer
 from lorakit.layers.factors import let_go
 from lorakit.layers.hooks import add_to_output, inside
 from lorakit.layers.mixing import rows_by_sample, scaling_by_sample, then_zeros
+from lorakit.layers.varied import (
+    add_by_sample,
+    add_variants,
+    held_by,
+    offset_of,
+    parted,
+    parted_by_sample,
+)
 from lorakit.layers.whole import has_own_forward, run_changed
 from lorakit.layouts import filled
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
     from lorakit.layers.chosen import Chosen
+    from lorakit.variants import Held
     from lorakit.weights import WeightCodec
 
 _PLAIN: frozenset[type[nn.Module]] = frozenset({nn.Embedding})
@@ -52,26 +64,52 @@ class Embedding(LoraLayer):
         if not route:
             return y
         if by_sample is not None:
-            return self._mixed(by_sample, route, y, x)
+            return self._mixed(by_sample, route, y, x, partial(self._base_again, args, kwargs))
         dtype = y.dtype
         if self.token_adapter is not None:
             y = self.token_adapter.in_embedding(y, x, route, self._base, self._scale)
-        for name in route:
-            if name in self.r:
-                A, B, _ = self.stored(name)
-                h = self._look_up(x, A.t())
-                h = h.to(torch.promote_types(h.dtype, dtype)) * self.scaling[name] * self._scale
-                y = add_to_output(y, linear(h.to(dtype), B.to(dtype)), self.base_layer, _PLAIN)
+        plain, varied = parted(self, route)
+        if varied:
+            y = add_variants(self, varied, y, x, partial(self._base_again, args, kwargs), self._add)
+        for name in plain:
+            y = self._add_plain(name, y, x)
         return y.to(dtype)
 
-    def _mixed(self, chosen: Chosen, present: tuple[str, ...], y: Tensor, x: Tensor) -> Tensor:
+    def _base_again(self, args: Sequence[Any], kwargs: Mapping[str, Any], x: Tensor) -> Tensor:
+        """The base's output for other ids, with the further arguments of the running call."""
+        found: Tensor = self.base_layer(x, *args, **kwargs)
+        return found
+
+    def _add_plain(self, name: str, y: Tensor, x: Tensor) -> Tensor:
+        """Y, given away, with what a plain adapter adds."""
+        offset = offset_of(self, name)
+        if offset is not None:
+            y = self._add(y, x, offset)
+        return self._add(y, x, held_by(self, name))
+
+    def _add(self, y: Tensor, x: Tensor, held: Held) -> Tensor:
+        """Y, given away, with what an adapter with such tensors adds."""
+        h = self._look_up(x, held.A.t())
+        h = h.to(torch.promote_types(h.dtype, y.dtype)) * held.scaling * self._scale
+        return add_to_output(y, linear(h.to(y.dtype), held.B.to(y.dtype)), self.base_layer, _PLAIN)
+
+    def _mixed(
+        self,
+        chosen: Chosen,
+        present: tuple[str, ...],
+        y: Tensor,
+        x: Tensor,
+        again: Callable[[Tensor], Tensor],
+    ) -> Tensor:
         """Each sample through its own adapter; x (samples, ...) of ids."""
         if self.token_adapter is not None:
             tokens, base, scale = self.token_adapter, self._base, self._scale
             y = rows_by_sample(
                 y, chosen, present, x, lambda y, name: tokens.in_embedding(y, x, [name], base, scale)
             )
-        names = tuple(name for name in present if name in self.r)
+        names, apart = parted_by_sample(self, present)
+        if apart:
+            y = add_by_sample(chosen, apart, y, x, partial(self._add_one, again))
         if not names:
             return y
         ids = chosen.groups(names, x.shape[0], x.device).ids
@@ -86,6 +124,12 @@ class Embedding(LoraLayer):
         scaling = scaling_by_sample(self, names, ids, y)
         h = self._look_up_mixed(places, table) * scaling.view(-1, 1, 1) * self._scale
         return y + torch.bmm(h.to(y.dtype), B.mT).view(y.shape).to(y.dtype)
+
+    def _add_one(self, base: Callable[[Tensor], Tensor], name: str, y: Tensor, x: Tensor) -> Tensor:
+        """Y, given away, with what one adapter adds that has a variant or an offset."""
+        if name in self.variants:
+            return add_variants(self, [name], y, x, base, self._add)
+        return self._add_plain(name, y, x)
 
     def _look_up(self, ids: Tensor, table: Tensor) -> Tensor:
         """Rows of A transposed, with the base's way of counting gradients."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
@@ -11,14 +12,16 @@ from lorakit.layers.base import LoraLayer
 from lorakit.layers.factors import acting_rate, let_go, plain_linear
 from lorakit.layers.hooks import is_observed, may_keep_output
 from lorakit.layers.mixing import BankKeeper, rows_by_sample
+from lorakit.layers.varied import add_by_sample, add_variants, offset_of, parted, parted_by_sample
 from lorakit.layers.whole import acting_on_all, changed_stand_in
 from lorakit.ops import Term, lora_add, lora_grouped, lora_linear
 from lorakit.weights.dense import conv1d_class
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from lorakit.layers.chosen import Chosen
+    from lorakit.variants import Held
     from lorakit.weights import WeightCodec
 
 
@@ -52,18 +55,22 @@ class Linear(LoraLayer):
         if not route:
             output: Tensor = self.base_layer(x, *args, **kwargs)
             return output
-        factors = [name for name in route if name in self.r]
+        factors, varied = parted(self, route)
         terms = self._terms(factors)
         base = self.base_layer
         plain = type(base) is self._fused_type and not args and not kwargs and not is_observed(base)
-        if plain and self.token_adapter is None and terms is not None:
+        if plain and not varied and self.token_adapter is None and terms is not None:
             held = cast("nn.Linear", base)
             return lora_linear(x, held.weight, held.bias, terms, transposed=self.layout.transposed)
         y: Tensor = base(x, *args, **kwargs)
         if self.token_adapter is not None:
             y = self.token_adapter.in_head(y, x, route, getattr(self.base_layer, "bias", None))
+        y = self._given_away(y)
+        if varied:
+            again = partial(self._base_again, args, kwargs)
+            y = add_variants(self, varied, y, x, again, self._add)
         if terms is not None:
-            return lora_add(self._given_away(y), x, terms)
+            return lora_add(y, x, terms) if terms else y
         dtype = y.dtype
         for name in factors:
             y = self._add_by_modules(name, y, x)
@@ -77,17 +84,33 @@ class Linear(LoraLayer):
         if self.token_adapter is not None:
             tokens, bias = self.token_adapter, getattr(self.base_layer, "bias", None)
             y = rows_by_sample(y, chosen, present, x, lambda y, name: tokens.in_head(y, x, [name], bias))
-        factors = tuple(name for name in present if name in self.r)
+        factors, apart = parted_by_sample(self, present)
+        if apart:
+            again = partial(self._base_again, args, kwargs)
+            y = add_by_sample(chosen, apart, y, x, partial(self._add_one, again))
         if not factors:
             return y
         groups = chosen.groups(factors, x.shape[0], x.device)
         bank = self._banks.bank(self, (self.lora_A, self.lora_B), factors, self._terms)
         if bank is not None:
             return lora_grouped(self._given_away(y), x, bank, groups)
-        for number in groups.used:
-            rows = (groups.ids == number).nonzero().squeeze(1)
-            y = y.index_copy(0, rows, self._add_by_modules(factors[number], y[rows], x[rows]).to(y.dtype))
-        return y
+        return add_by_sample(chosen, factors, y, x, self._add_by_modules)
+
+    def _base_again(self, args: Sequence[Any], kwargs: Mapping[str, Any], x: Tensor) -> Tensor:
+        """The base's output for another input, with the further arguments of the running call."""
+        found: Tensor = self.base_layer(x, *args, **kwargs)
+        return found
+
+    def _add_one(self, base: Callable[[Tensor], Tensor], name: str, y: Tensor, x: Tensor) -> Tensor:
+        """Y, given away, with what one adapter adds that has a variant or an offset."""
+        if name in self.variants:
+            return add_variants(self, [name], y, x, base, self._add)
+        terms = self._terms([name])
+        return self._add_by_modules(name, y, x) if terms is None else lora_add(y, x, terms)
+
+    def _add(self, y: Tensor, x: Tensor, held: Held) -> Tensor:
+        """Y, given away, with what a plain adapter with such tensors adds, without dropout."""
+        return lora_add(y, x, [Term(held.A, held.B, held.bias, held.scaling, 0.0)])
 
     def _given_away(self, y: Tensor) -> Tensor:
         """The base's output as the ops want it: they write into what is no view, and somebody may have kept this one."""
@@ -124,6 +147,9 @@ class Linear(LoraLayer):
         shrinks, expands = self.lora_A._modules, self.lora_B._modules  # a batch may ask for 32 at every layer
         terms = []
         for name in names:
+            offset = offset_of(self, name)
+            if offset is not None:
+                terms.append(Term(offset.A, offset.B, None, offset.scaling, 0.0))
             if name in self.tied:
                 terms.append(self._term(name, *self.stored(name)))
                 continue
@@ -140,6 +166,9 @@ class Linear(LoraLayer):
         """Y and what one adapter adds, in the wider of their dtypes; its modules are called, for something hangs on one."""
         if name in self.tied:
             return lora_add(y, x, [self._term(name, *self.stored(name))])
+        offset = offset_of(self, name)
+        if offset is not None:
+            y = self._add(y, x, offset)
         A, B, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
         added: Tensor = B(A(dropout(x.to(next(A.parameters()).dtype)))) * self.scaling[name]
         return y + added

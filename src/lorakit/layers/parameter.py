@@ -22,6 +22,7 @@ from lorakit.layers.factors import let_go, plain_linear
 from lorakit.layers.linear import Linear, held_by_modules
 from lorakit.layers.stacks import Arrangement, StackKeeper
 from lorakit.layers.standin import call_on_stand_in, stand_in
+from lorakit.layers.varied import offset_of
 from lorakit.layers.whole import acting_on_all
 from lorakit.weights.parameter import ParameterCodec
 
@@ -92,7 +93,9 @@ class ParamWrapper(LoraLayer):
     def changed(self) -> FactoredWeight:
         """The parameter with the changes of the acting adapters."""
         base = self.codec.state(self.get_base_layer()).weight
-        return FactoredWeight(base, [self._change(name) for name in self._acting_names()])
+        names = self._acting_names()
+        changes = [self._change(name) for name in names]
+        return FactoredWeight(base, changes + [change for name in names for change in self._taken_off(name)])
 
     def acting_value(self) -> Tensor:
         """The parameter as the running call computes with it: itself where nothing acts, else the dense sum."""
@@ -102,12 +105,21 @@ class ParamWrapper(LoraLayer):
 
     def _change(self, name: str) -> Change:
         A, B, _ = self.stored(name)
+        return self._stacked(name, A, B, self.scaling[name])
+
+    def _taken_off(self, name: str) -> list[Change]:
+        """What an adapter takes off the parameter, if anything."""
+        offset = offset_of(self, name)
+        # adapters have no spaces in their names
+        return [] if offset is None else [self._stacked(f"{name} 0", offset.A, offset.B, offset.scaling)]
+
+    def _stacked(self, key: str, A: Tensor, B: Tensor, scaling: float | Tensor) -> Change:
         experts = self.layout.experts
-        right = self._stacks.stack(f"A {name}", A, Arrangement(experts, by_rank=False))
-        left = self._stacks.stack(f"B {name}", B, Arrangement(experts, by_rank=True))
+        right = self._stacks.stack(f"A {key}", A, Arrangement(experts, by_rank=False))
+        left = self._stacks.stack(f"B {key}", B, Arrangement(experts, by_rank=True))
         if self.layout.transposed:
             left, right = right, left
-        return Change(left, right, self.scaling[name])
+        return Change(left, right, scaling)
 
     @property
     def weight(self) -> Tensor:

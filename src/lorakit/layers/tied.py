@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from lorakit.layers.base import LoraLayer
+    from lorakit.layers.holding import HoldingLayer
 
 
-def merged_with(layer: LoraLayer, names: Collection[str]) -> LoraLayer | None:
+def merged_with(layer: HoldingLayer, names: Collection[str]) -> HoldingLayer | None:
     """The layer whose weight with these adapters merged is this layer's too; None where it needs one of its own.
 
     Args:
@@ -25,7 +25,7 @@ def merged_with(layer: LoraLayer, names: Collection[str]) -> LoraLayer | None:
     return source if one_weight and all(_is_alike(layer, source, name) for name in names) else None
 
 
-def _is_alike(layer: LoraLayer, source: LoraLayer, name: str) -> bool:
+def _is_alike(layer: HoldingLayer, source: HoldingLayer, name: str) -> bool:
     """Whether an adapter changes the weight of both in the same way: either may carry a part that the other lacks."""
     return (
         (name in layer.tied) == (name in layer.r) == (name in source.r)
@@ -35,5 +35,5 @@ def _is_alike(layer: LoraLayer, source: LoraLayer, name: str) -> bool:
     )
 
 
-def _has_rows(layer: LoraLayer, name: str) -> bool:
+def _has_rows(layer: HoldingLayer, name: str) -> bool:
     return layer.token_adapter is not None and name in layer.token_adapter.adapters

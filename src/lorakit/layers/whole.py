@@ -14,6 +14,7 @@ from torch import nn
 from lorakit.errors import UnsupportedError
 from lorakit.layers.hooks import outside_autocast
 from lorakit.layers.standin import stand_in
+from lorakit.layers.varied import effect_of, offset_of, total_rows
 from lorakit.weights.dense import CONVOLUTIONS
 
 if TYPE_CHECKING:
@@ -83,12 +84,17 @@ def _changed(layer: LoraLayer, names: Sequence[str]) -> dict[str, Tensor | None]
     weight, bias = layout.make_dense(state.weight), state.bias
     if layer.token_adapter is not None:
         weight = layer.token_adapter.in_weight(weight, names)
-    for name in names:
-        if name in layer.r:
-            A, B, own = layer.stored(name)
-            scaling = layer.scaling[name]
-            weight = weight + (layout.dense(A, B) * scaling).to(weight.dtype)
-            if own is not None:
-                scaled = (own * scaling).to(weight.dtype)
-                bias = scaled if bias is None else bias + scaled
+    own = [name for name in names if name in layer.r]
+    effects = {name: effect_of(layer, name) for name in own}
+    rows = total_rows([effect.rows for effect in effects.values()])
+    if rows is not None:
+        weight = (weight * layout.by_output(rows)).to(weight.dtype)
+    for name, effect in effects.items():
+        scaling, offset, biased = layer.scaling[name], offset_of(layer, name), layer.stored(name).bias
+        if offset is not None:
+            weight = weight + (layout.dense(offset.A, offset.B) * offset.scaling).to(weight.dtype)
+        weight = weight + (layout.dense(effect.A, effect.B) * scaling).to(weight.dtype)
+        if biased is not None:
+            scaled = (biased * scaling).to(weight.dtype)
+            bias = scaled if bias is None else bias + scaled
     return dict(zip(layer.codec.names, (weight, bias), strict=True))

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lorakit.config import LoraConfig
-    from lorakit.layers import LoraLayer, ModulesToSaveWrapper, ParameterSlot, PreparedMerge
+    from lorakit.layers import LoraLayer, MergingLayer, ModulesToSaveWrapper, ParameterSlot, PreparedMerge
     from lorakit.layers.slot import Place
     from lorakit.surgery.replicate import Replication
 
@@ -161,7 +161,7 @@ class AdapterRegistry:
         """
         names = self.mergeable(names)
         self.check_can_merge(names)
-        prepared: dict[LoraLayer, PreparedMerge] = {}
+        prepared: dict[MergingLayer, PreparedMerge] = {}
         for path, layer in self.in_merge_order():
             with at_path(path):
                 found = self.prepare(layer, names, prepared)
@@ -175,7 +175,7 @@ class AdapterRegistry:
         return sorted(self.layers.items(), key=lambda item: item[1].is_tied)
 
     def prepare(
-        self, layer: LoraLayer, names: Sequence[str], prepared: dict[LoraLayer, PreparedMerge]
+        self, layer: LoraLayer, names: Sequence[str], prepared: dict[MergingLayer, PreparedMerge]
     ) -> PreparedMerge | None:
         """A merge of one layer; that of a tied one whose weight and changes are another's is the other's."""
         source = merged_with(layer, [*self.merged, *names])

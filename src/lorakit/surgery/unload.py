@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from lorakit.layers import LoraLayer, PreparedMerge
+    from lorakit.layers import LoraLayer, MergingLayer, PreparedMerge
     from lorakit.surgery.registry import AdapterRegistry
 
     Progress = Callable[[Iterable[tuple[str, LoraLayer]]], Iterable[tuple[str, LoraLayer]]]
@@ -72,7 +72,7 @@ def _merge_for_good(
     # which layers share a weight has to be known before the first of them gets another
     everything = [*registry.merged, *names]
     sources = {layer: merged_with(layer, everything) for _, layer in order}
-    kept: dict[LoraLayer, PreparedMerge] = {}
+    kept: dict[MergingLayer, PreparedMerge] = {}
     for path, layer in progress(order):
         source = sources[layer]
         done = None if source is None else kept.get(source)

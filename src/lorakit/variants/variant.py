@@ -86,7 +86,7 @@ class Call:
         add: gives y plus `scaling * (B A x + bias)` for (y, x, held), as a layer without variant computes it, but for
             dropout. y is given away.
         weight: gives the unmerged base weight as a fresh (out, in) tensor.
-        stamp: tells whether the weight is the one of an earlier call; changes with the Parameter and its version.
+        stored: the base's unmerged weight as it is stored, to tell whether it is the one of an earlier call (`Stamp`).
         kept: what the variant wants to keep on this layer for this adapter; lost when the adapter is deleted, never
             saved. Threads share it, so an entry is replaced whole, never changed.
         peer: gives the tensors of another adapter on the layer by name.
@@ -104,7 +104,7 @@ class Call:
     base: Callable[[Tensor], Tensor]
     add: Callable[[Tensor, Tensor, Held], Tensor]
     weight: Callable[[torch.dtype], Tensor]
-    stamp: Callable[[], object]
+    stored: Tensor
     kept: dict[str, Any]
     peer: Callable[[str], Held]
     chosen: Any

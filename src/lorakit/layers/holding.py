@@ -1,0 +1,285 @@
+"""The layer as a holder of adapters: what they are made of, put on, taken off, named and read.
+
+How they act and merge is `lorakit.layers.base`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import nn
+
+from lorakit.errors import AdapterNameError
+from lorakit.layers.factors import let_go
+from lorakit.layers.merging import MergingLayer
+from lorakit.layers.tokens import TokenRows
+from lorakit.layers.varied import drop_parts, hold_offset, hold_parts, parts_of
+from lorakit.specs import FILE_NAMES, TOKEN_ROWS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from lorakit.specs import AdapterSpec
+    from lorakit.types import Factors
+    from lorakit.variants import Variant
+    from lorakit.weights import WeightCodec
+
+
+class NamedAdapterTensor(NamedTuple):
+    """One tensor of an adapter on a layer."""
+
+    file_suffix: str
+    """Name below the layer in a file, such as "lora_A.weight"."""
+    state_suffix: str
+    """Name below the layer in `state_dict()`, such as "lora_A.default.weight"; empty if it is another layer's."""
+    tensor: Tensor
+    """The parameter itself; of a tied layer a transposed view of another layer's."""
+
+
+class Stored(NamedTuple):
+    """The factors of one adapter as they are stored on a layer."""
+
+    A: Tensor
+    B: Tensor
+    bias: Tensor | None
+
+
+class HoldingLayer(MergingLayer):
+    """A base module that holds adapters; `LoraLayer` is how they act.
+
+    Attributes:
+        lora_dropout: the dropout on the adapter's input by adapter name.
+        r, lora_alpha, scaling, use_rslora, lora_bias: what each adapter was made with, by name. `scaling` may be
+            changed and takes effect at the next forward.
+        layout: shapes of the weight and the factors.
+        variants: what adapters are more than plain LoRA, by name; those that are not are missing.
+        frozen: which tensors of an adapter are never trained, by name.
+        lora_offset: what adapters take off the base for themselves, by name (`lorakit.layers.varied`), or None.
+        token_adapter: rows of the weight that adapters replace (`trainable_token_indices`), or None.
+        tied, tied_rows: the layer whose factors, or rows, are also this one's, by adapter name.
+    """
+
+    token_adapter: TokenRows | None
+    lora_offset: nn.ModuleDict | None
+
+    def __init__(self, base_layer: nn.Module, codec: WeightCodec) -> None:
+        super().__init__(base_layer, codec)
+        self.lora_dropout = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, Any] = {}  # floats; tensors (0-d) once prepared for hot-swapping
+        self.use_rslora: dict[str, bool] = {}
+        self.lora_bias: dict[str, bool] = {}
+        self.variants: dict[str, Variant] = {}
+        self.frozen: dict[str, frozenset[str]] = {}
+        self.kept: dict[str, dict[str, Any]] = {}
+        self.register_module("lora_offset", None)
+        self.layout = codec.layout(self.get_base_layer())
+        self.out_features, self.in_features = self.layout.out, self.layout.row[0]
+        self.register_module("token_adapter", None)
+        self.tied: dict[str, HoldingLayer] = {}
+        self.tied_rows: dict[str, HoldingLayer] = {}
+
+    # ---- what a final subclass supplies -------------------------------------------------------------
+
+    @abstractmethod
+    def _hold(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
+        """Make the parameters of an adapter out of these very tensors, of the layout's shapes."""
+
+    @abstractmethod
+    def _let_go(self, name: str) -> None:
+        """Drop the parameters of an adapter."""
+
+    @abstractmethod
+    def _held(self, name: str) -> dict[str, tuple[str, nn.Parameter]]:
+        """The parameters "A", "B" and maybe "bias" of an adapter, each with its name below the layer."""
+
+    # ---- adapters -----------------------------------------------------------------------------------
+
+    def add(self, name: str, factors: Sequence[Factors], spec: AdapterSpec, *, use_rslora: bool) -> None:
+        """Put an adapter on the layer, not yet active. The factors' tensors become its parameters.
+
+        Args:
+            name: of the adapter.
+            factors: one pair for each block of the layout.
+            spec: what was planned here.
+            use_rslora: how `scaling` follows from `lora_alpha`.
+        """
+        A, B, bias = self.layout.join(factors)
+        tensors = {"A": A, "B": B} if bias is None else {"A": A, "B": B, "bias": bias}
+        self.add_stored(name, tensors, spec, use_rslora=use_rslora)
+
+    def add_stored(
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        spec: AdapterSpec,
+        *,
+        use_rslora: bool,
+        offset: Sequence[Factors] | None = None,
+    ) -> None:
+        """Put an adapter on the layer, not yet active, whose tensors are at hand as they are stored.
+
+        Args:
+            name: of the adapter.
+            tensors: of the shapes that `spec.shapes` says; they become its parameters.
+            spec: what was planned here.
+            use_rslora: how `scaling` follows from `lora_alpha`.
+            offset: what is taken off the base for this adapter, for each block of the layout.
+        """
+        self._note(name, spec, use_rslora=use_rslora)
+        self._hold(name, tensors["A"], tensors["B"], tensors.get("bias"))
+        self.lora_bias[name] = "bias" in tensors
+        if spec.variant is not None:
+            self.variants[name] = cast("Variant", spec.variant)
+            hold_parts(self, name, tensors)
+        if spec.frozen:
+            self.frozen[name] = spec.frozen
+        if offset is not None:
+            hold_offset(self, name, offset)
+        self._match_mode(name)
+
+    def add_tied(self, name: str, source: HoldingLayer, spec: AdapterSpec, *, use_rslora: bool) -> None:
+        """Use the factors of another layer, transposed: a head tied to the embedding that carries the adapter."""
+        self._note(name, spec, use_rslora=use_rslora)
+        self.tied[name] = source
+        self.lora_bias[name] = False
+        self._match_mode(name)
+
+    def _note(self, name: str, spec: AdapterSpec, *, use_rslora: bool) -> None:
+        assert name not in self.r, f"{name!r} is already on this layer"
+        self.r[name] = spec.r
+        self.lora_alpha[name] = spec.lora_alpha
+        self.scaling[name] = spec.scaling
+        self.use_rslora[name] = use_rslora
+        self.lora_dropout[name] = nn.Dropout(spec.dropout) if spec.dropout > 0 else nn.Identity()
+
+    def _match_mode(self, name: str) -> None:
+        self.lora_dropout[name].training = self.training
+        for module in self.modules_of(name):
+            module.training = self.training
+
+    def modules_of(self, name: str) -> tuple[nn.Module, ...]:
+        """The modules that hold an adapter's factors, where modules hold them."""
+        holders = (self._modules.get(part) for part in ("lora_A", "lora_B"))
+        return tuple(
+            holder[name] for holder in holders if isinstance(holder, nn.ModuleDict) and name in holder
+        )
+
+    def original_rows(self, indices: Sequence[int]) -> Tensor:
+        """Rows of the unmerged weight, copied."""
+        weight = self.original_weight.detach()
+        return weight.index_select(0, torch.tensor(list(indices), device=weight.device))
+
+    def add_rows(
+        self, name: str, indices: Sequence[int], rows: Tensor | None, source: HoldingLayer | None
+    ) -> None:
+        """Let an adapter replace rows of the weight by `rows`, or by those of `source`; see `TokenRows`."""
+        if self.token_adapter is None:
+            self.token_adapter = TokenRows()
+        if rows is not None:
+            self.token_adapter.add(name, indices, rows)
+            return
+        assert source is not None
+        assert source.token_adapter is not None
+        self.tied_rows[name] = source
+        self.token_adapter.tie(name, source.token_adapter)
+
+    def remove(self, name: str) -> None:
+        """Take an adapter off the layer.
+
+        Raises:
+            AdapterStateError: the adapter is merged.
+        """
+        self.check_unmerged(name, "deleting it")
+        if name in self.r:
+            self.tied.pop(name, None)
+            self._let_go(name)
+            drop_parts(self, name)
+            let_go(name, self.lora_dropout)
+            for values in (self.r, self.lora_alpha, self.scaling, self.use_rslora, self.lora_bias):
+                values.pop(name, None)
+        if self.token_adapter is not None:
+            self.tied_rows.pop(name, None)
+            self.token_adapter.remove(name)
+            if not self.token_adapter.adapters:
+                self.token_adapter = None
+        self._active = tuple(active for active in self._active if active != name)
+        self._install()
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters on this layer: those with factors, then those with rows alone."""
+        rows = self.token_adapter.adapters if self.token_adapter is not None else ()
+        return tuple(dict.fromkeys((*self.r, *rows)))
+
+    def tensors(self, name: str) -> Iterator[NamedAdapterTensor]:
+        """The tensors of an adapter on this layer; none when it has no adapter of that name."""
+        if name in self.tied:
+            A, B, _ = self.stored(name)
+            names = FILE_NAMES["embedding" if self._lies_as(self.tied[name]) else ""]
+            yield NamedAdapterTensor(names["A"], "", A)
+            yield NamedAdapterTensor(names["B"], "", B)
+        elif name in self.r:
+            for state_suffix, parameter in self._held(name).values():
+                yield NamedAdapterTensor(state_suffix.replace(f".{name}", "", 1), state_suffix, parameter)
+            for part, parameter in parts_of(self, name).items():
+                place = self.variants[name].parts[part]
+                yield NamedAdapterTensor(place.in_file, place.state_suffix(name), parameter)
+        if self.token_adapter is not None and name in self.token_adapter.trainable_tokens_delta:
+            rows = self.token_adapter.trainable_tokens_delta[name]
+            yield NamedAdapterTensor(TOKEN_ROWS, f"{TOKEN_ROWS}.{name}", rows)
+
+    def parameters_of(self, name: str) -> Iterator[nn.Parameter]:
+        """The parameters of an adapter that this layer itself holds."""
+        for item in self.tensors(name):
+            if isinstance(item.tensor, nn.Parameter):
+                yield item.tensor
+
+    def set_requires_grad(self, names: Iterable[str], *, requires_grad: bool) -> None:
+        """Set the flag on the parameters of these adapters, but for those that are never trained."""
+        for name in names:
+            frozen = self.frozen_tensors(name) if name in self.frozen else ()
+            for parameter in self.parameters_of(name):
+                parameter.requires_grad_(requires_grad and not any(parameter is it for it in frozen))
+
+    def frozen_tensors(self, name: str) -> list[nn.Parameter]:
+        """The parameters of an adapter that are never trained."""
+        held = {part: parameter for part, (_, parameter) in self._held(name).items()} | parts_of(self, name)
+        return [held[part] for part in self.frozen.get(name, ())]
+
+    def stored(self, name: str) -> Stored:
+        """The adapter's A, B and bias, of the layout's shapes; differentiable.
+
+        Raises:
+            AdapterNameError: the layer has no factors of that name.
+        """
+        if name in self.tied:
+            A, B, _ = self.tied[name].stored(name)
+            return Stored(A, B, None) if self._lies_as(self.tied[name]) else Stored(B.t(), A.t(), None)
+        if name not in self.r:
+            raise AdapterNameError(f"no adapter named {name!r} on this layer; it has {list(self.r)}")
+        held = self._held(name)
+        return Stored(held["A"][1], held["B"][1], held["bias"][1] if "bias" in held else None)
+
+    def read_weight(self, dtype: torch.dtype) -> Tensor:
+        """The unmerged base weight as a fresh tensor, (out, in), of experts (experts, out, in)."""
+        return self.codec.read(self.get_base_layer(), dtype, self._original_state())
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether any adapter's tensors here are another layer's."""
+        return bool(self.tied or self.tied_rows)
+
+    @property
+    def original_weight(self) -> nn.Parameter:
+        """The weight as it was before any merge."""
+        return self._original_state().weight
+
+    def _lies_as(self, source: HoldingLayer) -> bool:
+        """Whether a tied layer holds the weight the same way round as its source: an embedding, not a head."""
+        return self.layout.transposed == source.layout.transposed

@@ -1,0 +1,242 @@
+"""What an adapter has on a layer beside its factors: the parts of its variant, and what it takes off the base.
+
+An offset is a pair of factors that belongs to one adapter and is never trained: the adapter adds
+`scaling * B A - offset` to the untouched base, so that others on the same base see nothing of it.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.layers.factors import acting_rate, let_go
+from lorakit.variants import Call, Effect, Held
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from lorakit.layers.chosen import Chosen
+    from lorakit.layers.holding import HoldingLayer
+    from lorakit.types import Factors
+
+
+class PartHolder(nn.Module):
+    """A module that holds one tensor of a variant as its `weight`."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+class Offset(nn.Module):
+    """What one adapter takes off the base: `scaling * B A`, of the layout's shapes.
+
+    It follows from the base weight or from how the adapter began, so no state dict holds it.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, A: Tensor, B: Tensor, scaling: float) -> None:
+        super().__init__()
+        self.register_buffer("A", A, persistent=False)
+        self.register_buffer("B", B, persistent=False)
+        self.scaling = scaling
+
+    def held(self) -> Held:
+        """As an adapter that adds it negatively."""
+        return Held(self.A, self.B, None, -self.scaling, {})
+
+
+# ---- tensors --------------------------------------------------------------------------------------------
+
+
+def hold_parts(layer: HoldingLayer, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Make the parameters of a variant's parts out of these very tensors."""
+    for part, place in layer.variants[name].parts.items():
+        parameter = nn.Parameter(tensors[part], requires_grad=False)
+        if place.holder not in layer._modules:
+            layer.register_module(place.holder, nn.ModuleDict() if place.in_module else nn.ParameterDict())
+        holder = cast("Any", layer._modules[place.holder])
+        holder[name] = PartHolder(parameter) if place.in_module else parameter
+
+
+def drop_parts(layer: HoldingLayer, name: str) -> None:
+    """Let what an adapter has beside its factors go."""
+    variant = layer.variants.pop(name, None)
+    for place in () if variant is None else variant.parts.values():
+        holder = cast("Any", layer._modules.get(place.holder))
+        if holder is not None:
+            let_go(name, holder)
+            if not len(holder):
+                del layer._modules[place.holder]
+    if layer.lora_offset is not None:
+        let_go(name, layer.lora_offset)
+        if not len(layer.lora_offset):
+            layer.lora_offset = None
+    layer.frozen.pop(name, None)
+    layer.kept.pop(name, None)
+
+
+def parts_of(layer: HoldingLayer, name: str) -> dict[str, nn.Parameter]:
+    """The parameters of a variant's parts, by part."""
+    if name not in layer.variants:
+        return {}
+    found = {}
+    for part, place in layer.variants[name].parts.items():
+        held = cast("Any", layer._modules[place.holder])[name]
+        found[part] = held.weight if place.in_module else held
+    return found
+
+
+def hold_offset(layer: HoldingLayer, name: str, blocks: Sequence[Factors]) -> None:
+    """Keep what an adapter takes off the base."""
+    A, B, _ = layer.layout.join(blocks)
+    if layer.lora_offset is None:
+        layer.lora_offset = nn.ModuleDict()
+    layer.lora_offset[name] = Offset(A, B, blocks[0].scaling)
+
+
+def offset_of(layer: HoldingLayer, name: str) -> Held | None:
+    """What an adapter takes off the base, as one that adds it negatively; None where it takes nothing."""
+    if layer.lora_offset is None or name not in layer.lora_offset:
+        return None
+    return cast("Offset", layer.lora_offset[name]).held()
+
+
+def held_by(layer: HoldingLayer, name: str) -> Held:
+    """The tensors of an adapter on a layer."""
+    A, B, bias = layer.stored(name)
+    return Held(A, B, bias, layer.scaling[name], parts_of(layer, name))
+
+
+# ---- what it makes of the weight ------------------------------------------------------------------------
+
+
+def effect_of(layer: HoldingLayer, name: str) -> Effect:
+    """What an adapter makes of the weight, but for its offset; differentiable.
+
+    Raises:
+        UnsupportedError: its variant has no such effect.
+    """
+    variant = layer.variants.get(name)
+    if variant is None:
+        A, B, _ = layer.stored(name)
+        return Effect(A, B)
+    return variant.effect(held_by(layer, name), layer.layout, layer.read_weight)
+
+
+def changes_of(layer: HoldingLayer, name: str) -> tuple[list[tuple[Factors, ...]], Tensor | None]:
+    """What merging an adapter adds, as blocks of one or two pairs, and what it multiplies rows by; detached.
+
+    Raises:
+        UnsupportedError: as `effect_of`.
+    """
+    effect = effect_of(layer, name)
+    bias = layer.stored(name).bias
+    own = layer.layout.split(
+        effect.A.detach(),
+        effect.B.detach(),
+        float(layer.scaling[name]),
+        None if bias is None else bias.detach(),
+    )
+    found = [own]
+    offset = offset_of(layer, name)
+    if offset is not None:
+        found.append(layer.layout.split(offset.A, offset.B, float(offset.scaling)))
+    return found, None if effect.rows is None else effect.rows.detach()
+
+
+def total_rows(rows: Sequence[Tensor | None]) -> Tensor | None:
+    """The factor on the rows of W when several adapters each make `rows W` of it: `1 + sum (rows - 1)`."""
+    some = [row for row in rows if row is not None]
+    return None if not some else torch.stack([row - 1 for row in some]).sum(dim=0) + 1
+
+
+# ---- forward --------------------------------------------------------------------------------------------
+
+
+def parted(layer: HoldingLayer, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The adapters with factors among some: those that add the plain product, and those with a variant of their own."""
+    variants = layer.variants
+    plain = tuple([name for name in names if name in layer.r and name not in variants])
+    return plain, tuple([name for name in names if name in variants]) if variants else ()
+
+
+def parted_by_sample(layer: HoldingLayer, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The same for a batch with an adapter for each sample: what takes something off the base goes by itself too."""
+    plain, varied = parted(layer, names)
+    if layer.lora_offset is None:
+        return plain, varied
+    apart = tuple(name for name in plain if name in layer.lora_offset)
+    return tuple(name for name in plain if name not in apart), (*varied, *apart)
+
+
+def add_variants(
+    layer: HoldingLayer,
+    names: Sequence[str],
+    y: Tensor,
+    x: Tensor,
+    base: Callable[[Tensor], Tensor],
+    add: Callable[[Tensor, Tensor, Held], Tensor],
+) -> Tensor:
+    """Y with what adapters with variants add.
+
+    Args:
+        layer: that they are on.
+        names: of these adapters.
+        y: the base's output for x, given away.
+        x: the layer's input.
+        base: gives the base's output for another input.
+        add: gives y plus what a plain adapter with such tensors adds to it, for (y, x, held).
+    """
+    base_y = y
+    for number, name in enumerate(names):
+        if number == 0 and len(names) > 1:
+            y = y.clone()  # the others need what the base gave
+        dropout = layer.lora_dropout[name]
+        call = Call(
+            x=x,
+            base_y=base_y,
+            bias=layer.codec.state(layer.get_base_layer()).bias,
+            layout=layer.layout,
+            held=held_by(layer, name),
+            rate=acting_rate(dropout),
+            dropped=partial(dropout, x),
+            training=layer.training,
+            base=base,
+            add=add,
+            weight=layer.read_weight,
+            stored=layer.original_weight,
+            kept=layer.kept.setdefault(name, {}),
+            peer=partial(held_by, layer),
+            chosen=None,
+        )
+        y = layer.variants[name].forward(y, call)
+    return y
+
+
+def add_by_sample(
+    chosen: Chosen,
+    names: tuple[str, ...],
+    y: Tensor,
+    x: Tensor,
+    one: Callable[[str, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Y with what some adapters add, each to its own samples.
+
+    Args:
+        chosen: who goes through what.
+        names: of these adapters.
+        y: (samples, ..., out), the base's output for x.
+        x: (samples, ...), the layer's input.
+        one: gives y with what one adapter adds, for (name, y, x) of its samples; it may write into y.
+    """
+    groups = chosen.groups(names, x.shape[0], x.device)
+    for number in groups.used:
+        rows = (groups.ids == number).nonzero().squeeze(1)
+        y = y.index_copy(0, rows, one(names[number], y[rows], x[rows]).to(y.dtype))
+    return y
