@@ -19,7 +19,7 @@ from lorakit.layers import Embedding, ParamWrapper, attention_parts
 from lorakit.layouts import filled
 from lorakit.specs import TOKEN_ROWS
 from lorakit.surgery import describe, make_plan
-from lorakit.surgery.attach import put
+from lorakit.surgery.attach import New, put
 from lorakit.surgery.naming import names_in_file, whole_module
 from lorakit.surgery.targets import shortest_names
 from lorakit.types import Factors
@@ -92,7 +92,11 @@ def add_weighted(
     config = _config(registry, asked, blocks)
     plan = make_plan(registry.model, config, source="file", autocast_adapter_dtype=_is_wide(registry, asked))
     _check_ties(registry, asked, plan)
-    factors = {spec.path: _as_planned(blocks[spec.path], spec) for spec in plan.specs if spec.tied_to is None}
+    factors = {
+        spec.path: New.of(spec, _as_planned(blocks[spec.path], spec))
+        for spec in plan.specs
+        if spec.tied_to is None
+    }
     with torch.no_grad():
         rest = dict(_rest(registry, asked, plan))
     put(registry.model, plan, adapter_name, factors, rest)

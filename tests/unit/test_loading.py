@@ -217,7 +217,7 @@ def test_replace_that_fails_late_brings_the_former_back(saved, monkeypatch):
     former, parameters = peft.peft_config["default"], dict(peft.named_parameters())
     from lorakit.layers import LoraLayer
 
-    real, calls = LoraLayer.add, []
+    real, calls = LoraLayer.add_stored, []
 
     def failing(self, *args, **kwargs):
         calls.append(1)
@@ -225,7 +225,7 @@ def test_replace_that_fails_late_brings_the_former_back(saved, monkeypatch):
             raise MemoryError
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(LoraLayer, "add", failing)
+    monkeypatch.setattr(LoraLayer, "add_stored", failing)
     with pytest.raises(MemoryError):
         peft.load_adapter(saved, "default", replace=True)
     assert torch.equal(logits(peft), output)

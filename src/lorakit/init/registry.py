@@ -25,6 +25,13 @@ INITIALISERS: Mapping[str, Callable[[InitContext], InitResult]] = {
     "orthogonal": orthogonal,
 }
 
+FROZEN: Mapping[str, frozenset[str]] = {"mica": frozenset({"B"})}
+"""Which factors are never trained, by scheme."""
+TAKES_OFF = frozenset({"pissa", "olora", "corda", "lora_ga"})
+"""Schemes that give an offset (`InitResult.offset`)."""
+REPLACES_BASE = frozenset({"loftq"})
+"""Schemes that are meant to change the base (`InitResult.base_weight`)."""
+
 
 def initialiser_name(init_lora_weights: bool | str) -> str:
     """The registry's name for a value of `LoraConfig.init_lora_weights` (True and False have names too)."""

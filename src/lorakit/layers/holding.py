@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lorakit.specs import AdapterSpec
     from lorakit.types import Factors
     from lorakit.variants import Variant
-    from lorakit.weights import WeightCodec
+    from lorakit.weights import WeightCodec, WeightState
 
 
 class NamedAdapterTensor(NamedTuple):
@@ -269,6 +269,16 @@ class HoldingLayer(MergingLayer):
     def read_weight(self, dtype: torch.dtype) -> Tensor:
         """The unmerged base weight as a fresh tensor, (out, in), of experts (experts, out, in)."""
         return self.codec.read(self.get_base_layer(), dtype, self._original_state())
+
+    def replace_base(self, weight: Tensor) -> WeightState:
+        """Let the base hold another weight, (out, in), from now on; gives what it held, for `restore_base`."""
+        assert not self.merged_adapters, "the planner refuses to change a merged base"
+        base = self.get_base_layer()
+        return self.codec.swap(base, self.codec.encode(base, weight))
+
+    def restore_base(self, state: WeightState) -> None:
+        """Undo `replace_base`."""
+        self.codec.swap(self.get_base_layer(), state)
 
     @property
     def is_tied(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
@@ -17,19 +17,39 @@ from lorakit.surgery.naming import names_in_file, whole_module
 from lorakit.surgery.paths import joined
 from lorakit.surgery.registry import AdapterRegistry, find_registry, set_registry
 from lorakit.surgery.wrap import wrap_module, wrap_parameter
+from lorakit.variants import Start
 from lorakit.weights import find_codec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
+    from lorakit.layers import LoraLayer, ParamWrapper
     from lorakit.specs import AdapterSpec
     from lorakit.surgery.plan import Plan
     from lorakit.types import Factors
+    from lorakit.variants import Variant
 
-    New = Mapping[str, tuple[Factors, ...]]
-    """The factors of each weight's blocks, by the spec's path."""
+
+class New(NamedTuple):
+    """What an adapter is made of on one weight.
+
+    Attributes:
+        tensors: as they are stored, by part.
+        offset: what is taken off the base for it, for each block; None takes nothing.
+        base_weight: what the base is to hold from now on, shaped as a codec reads it, or None.
+    """
+
+    tensors: Mapping[str, Tensor]
+    offset: tuple[Factors, ...] | None = None
+    base_weight: Tensor | None = None
+
+    @staticmethod
+    def of(spec: AdapterSpec, factors: Sequence[Factors]) -> New:
+        """A plain adapter with these factors of each block."""
+        A, B, bias = spec.layout.join(factors)
+        return New({"A": A, "B": B} if bias is None else {"A": A, "B": B, "bias": bias})
 
 
 def attach(
@@ -59,7 +79,7 @@ def put(
     model: torch.nn.Module,
     plan: Plan,
     name: str,
-    factors: New,
+    factors: Mapping[str, New],
     tensors: Mapping[str, Tensor] | None = None,
 ) -> AdapterRegistry:
     """Put an adapter on `model` whose factors are at hand, or nothing of it.
@@ -68,7 +88,7 @@ def put(
         model: the model that the plan was made for.
         plan: what to put where.
         name: a free adapter name.
-        factors: of every spec that is not tied to another; they become the adapter's parameters.
+        factors: by path, of every spec that is not tied to another; they become the adapter's parameters.
         tensors: the rest of the adapter by file name; None takes the base's own values.
     """
     known = find_registry(model)
@@ -89,6 +109,7 @@ def put(
         _add_rows(registry, plan, name, tensors)
         _add_whole(registry, plan, name, tensors)
         _add_slots(registry, plan, name, slots, tensors)
+        _replace_base(registry, factors, undo)
         registry.configs[name] = plan.config
         for item in registry.tensors(name):  # trainable once it is set active
             if item.tensor.is_leaf:
@@ -97,39 +118,73 @@ def put(
     return registry
 
 
-def _given(plan: Plan, tensors: Mapping[str, Tensor]) -> New:
+def _given(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, New]:
     """The file's tensors in the adapter's dtype and on its device."""
     names = names_in_file(plan)
     return {
-        spec.path: _from_file(spec, names.layer(spec.path), tensors)
+        spec.path: _from_file(spec, names.layer(spec.path), plan, tensors)
         for spec in plan.specs
         if spec.tied_to is None
     }
 
 
-def _from_file(spec: AdapterSpec, path: str, tensors: Mapping[str, Tensor]) -> tuple[Factors, ...]:
+def _from_file(spec: AdapterSpec, path: str, plan: Plan, tensors: Mapping[str, Tensor]) -> New:
     device = torch.device("cpu") if spec.device.type == "meta" else spec.device
     own = {part: tensors[joined(path, name)].to(device, spec.dtype) for part, name in spec.file_names.items()}
-    return spec.layout.split(own["A"], own["B"], spec.scaling, own.get("bias"))
+    return New(own, _offset(spec, _reader(plan, spec)))
 
 
-def _initial(plan: Plan) -> New:
-    found = {}
-    for spec in plan.specs:
-        if spec.tied_to is not None:
-            continue
-        is_parameter = spec.kind == "parameter"
-        path, _, attribute = spec.path.rpartition(".")
-        base = plan.description.nodes[path if is_parameter else spec.path].module
-        codec = find_codec(base, attribute if is_parameter else None)
-        assert codec is not None, "the planner let a module through that no codec owns"
-        results = initialise(spec, partial(codec.read, base))
-        assert all(result.base_weight is None for result in results), "no initialiser changes the base"
-        found[spec.path] = tuple(result.factors for result in results)
-    return found
+def _initial(plan: Plan) -> dict[str, New]:
+    return {spec.path: _begun(spec, _reader(plan, spec)) for spec in plan.specs if spec.tied_to is None}
 
 
-def _add_factors(registry: AdapterRegistry, plan: Plan, name: str, factors: New) -> None:
+def _begun(spec: AdapterSpec, read: Callable[[torch.dtype], Tensor]) -> New:
+    """A new adapter on one weight, as its initialiser and its variant say."""
+    results = initialise(spec, read)
+    new = New.of(spec, [result.factors for result in results])
+    offset = tuple(result.offset for result in results if result.offset is not None) or _offset(spec, read)
+    if spec.variant is not None:
+        variant = cast("Variant", spec.variant)
+        new = new._replace(tensors=variant.start(Start(spec, new.tensors["A"], new.tensors["B"], read)))
+    weights = [result.base_weight for result in results if result.base_weight is not None]
+    if not weights:
+        return new._replace(offset=offset)
+    weight = torch.stack(weights) if spec.layout.experts else torch.cat(weights)
+    return new._replace(offset=offset, base_weight=weight)
+
+
+@torch.no_grad()
+def _offset(spec: AdapterSpec, read: Callable[[torch.dtype], Tensor]) -> tuple[Factors, ...] | None:
+    """What the variant takes off the base."""
+    return None if spec.variant is None else cast("Variant", spec.variant).offset(spec, read)
+
+
+def _reader(plan: Plan, spec: AdapterSpec) -> Callable[[torch.dtype], Tensor]:
+    """Reads the unmerged base weight."""
+    is_parameter = spec.kind == "parameter"
+    path, _, attribute = spec.path.rpartition(".")
+    node = plan.description.nodes[path if is_parameter else spec.path]
+    layer = _wrapper(node.wrappers, attribute) if is_parameter else node.layer
+    if layer is not None:
+        return layer.read_weight
+    codec = find_codec(node.module, attribute if is_parameter else None)
+    assert codec is not None, "the planner let a module through that no codec owns"
+    return partial(codec.read, node.module)
+
+
+def _wrapper(wrappers: Sequence[ParamWrapper], attribute: str) -> LoraLayer | None:
+    return next((wrapper for wrapper in wrappers if wrapper.parameter_name == attribute), None)
+
+
+def _replace_base(registry: AdapterRegistry, factors: Mapping[str, New], undo: ExitStack) -> None:
+    """Let the base hold other weights from now on, where a scheme is meant to change it."""
+    for path, new in factors.items():
+        if new.base_weight is not None:
+            former = registry.layers[path].replace_base(new.base_weight)
+            undo.callback(registry.layers[path].restore_base, former)
+
+
+def _add_factors(registry: AdapterRegistry, plan: Plan, name: str, factors: Mapping[str, New]) -> None:
     rslora = plan.config.use_rslora
     for spec in sorted(plan.specs, key=lambda spec: spec.tied_to is not None):
         if spec.kind == "parameter":
@@ -138,7 +193,8 @@ def _add_factors(registry: AdapterRegistry, plan: Plan, name: str, factors: New)
             wrap_module(registry, plan.description, spec.path)
         layer = registry.layers[spec.path]
         if spec.tied_to is None:
-            layer.add(name, factors[spec.path], spec, use_rslora=rslora)
+            new = factors[spec.path]
+            layer.add_stored(name, new.tensors, spec, use_rslora=rslora, offset=new.offset)
         else:
             layer.add_tied(name, registry.layers[spec.tied_to], spec, use_rslora=rslora)
 

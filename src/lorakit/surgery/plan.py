@@ -16,10 +16,11 @@ from lorakit.layers import attention_parts
 from lorakit.surgery.describe import describe
 from lorakit.surgery.registry import find_registry
 from lorakit.surgery.replicate import Replication, plan_replication, shown
-from lorakit.surgery.rows import Rules, module_rows, parameter_rows
+from lorakit.surgery.rows import Rules, begin_problems, module_rows, parameter_rows, variant_problems
 from lorakit.surgery.targets import near_targets, resolve_targets, trained_whole
 from lorakit.surgery.ties import Ties, find_ties, spelled_out, tie_notes, with_tied
 from lorakit.surgery.tokens import TokenSpec, token_notes, token_specs
+from lorakit.variants import variant_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -140,7 +141,7 @@ def make_plan(
     inside = {node.path for path in whole for node in description.children_of(path)}
     resolved = replace(config, target_modules=resolve_targets(description, config, inside))
     matcher = Matcher(resolved)
-    rules = Rules(resolved, matcher, problems, source == "file", autocast_adapter_dtype)
+    rules = Rules(resolved, matcher, problems, source == "file", autocast_adapter_dtype, variant_of(resolved))
     hit = _targets(description, matcher, inside)
     more = with_tied(ties, hit)
     specs = _specs(description, rules, (*hit, *more), ties, loose)
@@ -153,6 +154,9 @@ def make_plan(
         widen=autocast_adapter_dtype,
         from_file=source == "file",
     )
+    problems += variant_problems(specs, tokens)
+    if source == "user":
+        problems += begin_problems(specs, ties, description)
     loose += matcher.unused()
     if not (specs or tokens or problems):
         problems.append(

@@ -167,8 +167,8 @@ class AdapterRegistry:
                 found = self.prepare(layer, names, prepared)
             if found is not None:
                 prepared[layer] = found
-        for layer, merge in prepared.items():
-            layer.commit_merge(merge)
+        for merge in prepared.values():
+            merge.layer.commit_merge(merge)
 
     def in_merge_order(self) -> list[tuple[str, LoraLayer]]:
         """The layers by path, those that take their tensors from another one after it."""

@@ -8,21 +8,25 @@ import torch
 from torch import nn
 
 from lorakit.config import NearNames, ends_in
-from lorakit.init.registry import initialiser_name
+from lorakit.init.registry import FROZEN, REPLACES_BASE, TAKES_OFF, initialiser_name
 from lorakit.layers import PARAMETER, attention_parts
 from lorakit.layers.whole import has_own_forward
 from lorakit.specs import AdapterSpec, adapter_dtype, scaling_of
 from lorakit.surgery.describe import is_read_by_parent, may_read
 from lorakit.surgery.paths import joined
+from lorakit.surgery.registry import find_registry
 from lorakit.weights import find_codec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from lorakit.config import LoraConfig, Matcher
     from lorakit.layers import LayerKind
     from lorakit.layouts import Layout
     from lorakit.surgery.describe import Description, Node
+    from lorakit.surgery.ties import Ties
+    from lorakit.surgery.tokens import TokenSpec
+    from lorakit.variants import Variant
 
 
 class Rules(NamedTuple):
@@ -34,6 +38,7 @@ class Rules(NamedTuple):
         problems: what does not fit, added to.
         from_file: whether the config describes tensors that exist already; what only training needs is not asked then.
         widen: keep adapters of a half-precision base in fp32.
+        variant: what the adapter is more than plain LoRA, or None.
     """
 
     config: LoraConfig
@@ -41,6 +46,7 @@ class Rules(NamedTuple):
     problems: list[str]
     from_file: bool
     widen: bool
+    variant: Variant | None
 
 
 def module_rows(node: Node, rules: Rules, description: Description) -> list[AdapterSpec]:
@@ -57,7 +63,8 @@ def module_rows(node: Node, rules: Rules, description: Description) -> list[Adap
     assert codec is not None
     layout = codec.layout(node.module) if node.layer is None else node.layer.layout
     drops = node.kind.is_linear or not has_own_forward(node.module)
-    return _row(node.path, node.kind, layout, node.module.weight, rules, drops=drops)
+    called = drops and not any(may_read(place.owner, place.attribute) for place in node.places)
+    return _row(node.path, node.kind, layout, node.module.weight, rules, drops=drops, called=called)
 
 
 def parameter_rows(description: Description, rules: Rules, loose: list[str]) -> Iterator[AdapterSpec]:
@@ -154,6 +161,7 @@ def _row(
     matched_as: str | None = None,
     *,
     drops: bool = True,
+    called: bool = True,
 ) -> list[AdapterSpec]:
     """One row, or none and a problem; ranks are looked up for the path, or for the module that was named."""
     assert isinstance(weight, torch.Tensor)
@@ -161,10 +169,14 @@ def _row(
     r, alpha = rules.matcher.rank(matched_as or path), rules.matcher.alpha(matched_as or path)
     drops = drops and kind.drops and not _in_attention(path, matched_as)
     dropout = config.lora_dropout if drops else 0.0
-    refused = _refused(kind, layout, r, config, drops=drops or rules.from_file)
+    called = called and not _in_attention(path, matched_as)
+    refused = _refused(kind, layout, r, config, drops=drops or rules.from_file) or _variant_refused(
+        path, kind, layout, r, rules, called=called
+    )
     if refused:
         rules.problems.append(f"{path}: {refused}")
         return []
+    init = initialiser_name(config.init_lora_weights)
     return [
         AdapterSpec(
             path=path,
@@ -175,9 +187,11 @@ def _row(
             scaling=scaling_of(r, alpha, rslora=config.use_rslora),
             dropout=dropout,
             lora_bias=config.lora_bias,
-            init=initialiser_name(config.init_lora_weights),
+            init=init,
             dtype=adapter_dtype(weight.dtype, widen=rules.widen),
             device=weight.device,
+            variant=rules.variant,
+            frozen=FROZEN.get(init, frozenset()) | (rules.variant.frozen if rules.variant else frozenset()),
         )
     ]
 
@@ -198,6 +212,57 @@ def _refused(kind: LayerKind, layout: Layout, r: int, config: LoraConfig, *, dro
             "these weights an adapter of their own"
         )
     return ""
+
+
+def _variant_refused(
+    path: str, kind: LayerKind, layout: Layout, r: int, rules: Rules, *, called: bool
+) -> str:
+    """Why the variant cannot be on this weight, or an empty text; `called` says whether the layer is called with it."""
+    variant = rules.variant
+    if variant is None:
+        return ""
+    if kind.name not in variant.kinds:
+        where = ", ".join(sorted(variant.kinds))
+        return f"{variant.name} is not defined on a {kind.name}, but on {where}; leave this one out with exclude_modules"
+    if not called and not variant.merges:
+        return (
+            f"{variant.name} acts on what a layer is given, but this layer's weight is read without calling it; leave "
+            "it out with exclude_modules"
+        )
+    return variant.why_not(path, layout, r)
+
+
+def variant_problems(specs: Sequence[AdapterSpec], tokens: Sequence[TokenSpec]) -> Iterator[str]:
+    """Why a variant does not go with what else a config asks for."""
+    rows = {token.path for token in tokens}
+    for spec in specs:
+        if spec.variant is not None and spec.path in rows:
+            yield f"{spec.path}: {spec.variant.name} and trainable_token_indices are both on it; use one of them"
+        if spec.tied_to is not None and spec.variant is not None:
+            yield f"{spec.path}: ensure_weight_tying ties factors, and {spec.variant.name} has more than these"
+
+
+def begin_problems(
+    specs: Sequence[AdapterSpec], ties: Ties | None, description: Description
+) -> Iterator[str]:
+    """Why an initialiser that looks at the base cannot be run on this model."""
+    schemes = {spec.init for spec in specs}
+    if schemes & TAKES_OFF and any(spec.tied_to for spec in specs):
+        yield "ensure_weight_tying: ties factors, and this init_lora_weights has more than these; set it to False"
+    if not schemes & REPLACES_BASE:
+        return
+    registry = find_registry(description.model)
+    if registry is not None and registry.configs:
+        yield (
+            f"init_lora_weights: {sorted(schemes & REPLACES_BASE)} replaces the base weights, for which the adapters "
+            f"{list(registry.configs)} on this model were made; put it on before any other, or unload() them"
+        )
+    tied = [] if ties is None else [spec.path for spec in specs if spec.path in {ties.source, *ties.others}]
+    if tied:
+        yield (
+            f"init_lora_weights: {sorted(schemes & REPLACES_BASE)} would untie {tied}, whose weight is also another "
+            "module's; leave them out with exclude_modules"
+        )
 
 
 def _why_not(node: Node) -> str:

@@ -120,7 +120,7 @@ class Variant(PlannedVariant, Protocol):
         parts: its own tensors: what they are called.
         frozen: which of "A", "B" and its parts are never trained.
         shapes: for a path, layout and rank the shapes of its parts, and of "A" and "B" where they are not the layout's.
-        combines: whether `effect` without rows describes it fully, so that adapters of it can be combined with others.
+        merges: whether `effect` describes it, so that it can be merged; otherwise `effect` raises.
     """
 
     @property
@@ -130,7 +130,7 @@ class Variant(PlannedVariant, Protocol):
     def kinds(self) -> frozenset[str]: ...  # noqa: D102
 
     @property
-    def combines(self) -> bool: ...  # noqa: D102
+    def merges(self) -> bool: ...  # noqa: D102
 
     def why_not(self, path: str, layout: Layout, r: int) -> str:
         """Why it cannot be on this weight with this rank, or an empty text."""

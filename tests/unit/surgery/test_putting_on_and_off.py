@@ -15,7 +15,7 @@ from models import Snapshot, another, bits, config, ids, logits, tiny, tiny_bert
 EVERYTHING = {"modules_to_save": ["head"], "bias": "all"}
 STEPS = (
     (LoraLayer, "__init__"),
-    (LoraLayer, "add"),
+    (LoraLayer, "add_stored"),
     (ModulesToSaveWrapper, "add"),
     (ParameterSlot, "add"),
 )

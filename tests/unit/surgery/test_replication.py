@@ -202,7 +202,7 @@ def test_everything_comes_back(kind, end, monkeypatch):
         def fail(*_args, **_kwargs):
             raise MemoryError
 
-        monkeypatch.setattr(LoraLayer, "add", fail)
+        monkeypatch.setattr(LoraLayer, "add_stored", fail)
         with pytest.raises(MemoryError):
             get_peft_model(bare, config(kind))
     else:
@@ -269,7 +269,7 @@ def test_replacing_that_fails_leaves_the_deeper_model(tmp_path, monkeypatch):
     output = logits(peft)
     from lorakit.layers import LoraLayer
 
-    real, calls = LoraLayer.add, []
+    real, calls = LoraLayer.add_stored, []
 
     def failing(self, *args, **kwargs):
         calls.append(1)
@@ -277,7 +277,7 @@ def test_replacing_that_fails_leaves_the_deeper_model(tmp_path, monkeypatch):
             raise MemoryError
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(LoraLayer, "add", failing)
+    monkeypatch.setattr(LoraLayer, "add_stored", failing)
     with pytest.raises(MemoryError):
         peft.load_adapter(tmp_path, "default", replace=True)
     assert torch.equal(logits(peft), output)
