@@ -124,12 +124,13 @@ def load_onto(
         tensors = fill(plan, tensors)
     before = find_registry(model)
     is_first = before is None or not before.configs
-    registry = _put(model, plan, name, tensors)
+    registry = put_in_place(model, plan, name, tensors)
     if is_first:
         registry.set_active([name], inference_mode=not options.is_trainable)
     elif name in registry.active and options.is_trainable:  # it took the place of one that was active
+        frozen = registry.frozen(name)
         for item in registry.tensors(name):
-            item.tensor.requires_grad_(item.tensor.is_floating_point())
+            item.tensor.requires_grad_(item.tensor.is_floating_point() and id(item.tensor) not in frozen)
     report = LoadReport(
         tuple(map(to_file_key, missing)),
         tuple(keys[key] for key in unexpected),
@@ -184,13 +185,18 @@ def attach_tensors(
     return attach(model, plan, name, tensors=copies)
 
 
-def _put(model: nn.Module, plan: Plan, name: str, tensors: Mapping[str, Tensor]) -> AdapterRegistry:
+def put_in_place(model: nn.Module, plan: Plan, name: str, tensors: Mapping[str, Tensor]) -> AdapterRegistry:
     """Attach; an adapter of the same name gives way, and comes back if that fails."""
     registry = find_registry(model)
     if registry is None or name not in registry.configs:
         return attach(model, plan, name, tensors=tensors)
     own = {item.file_name: item.tensor for item in registry.tensors(name)}
     scalings = {path: layer.scaling[name] for path, layer in registry.layers.items() if name in layer.scaling}
+    offsets = {
+        path: layer.lora_offset[name]
+        for path, layer in registry.layers.items()
+        if layer.lora_offset is not None and name in layer.lora_offset
+    }
     former = {file_name: tensor.detach() for file_name, tensor in own.items()}
     former_plan = _plan_again(registry, name, former)
     active, flags = registry.active, _flags(registry)
@@ -202,6 +208,8 @@ def _put(model: nn.Module, plan: Plan, name: str, tensors: Mapping[str, Tensor])
     except BaseException:
         attach(model, former_plan, name, tensors=former)
         _bring_back(registry, name, own, scalings)
+        for path, offset in offsets.items():
+            registry.layers[path].hold_offset(name, offset)
         raise
     finally:
         registry.set_active(active, inference_mode=True)

@@ -228,6 +228,7 @@ class PeftModel(nn.Module):
         selected_adapters: Sequence[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | os.PathLike[str] | None = None,
         **unsupported: Any,
     ) -> None:
         """Write adapters to `adapter_config.json` and `adapter_model.safetensors`, atomically.
@@ -242,6 +243,9 @@ class PeftModel(nn.Module):
             save_embedding_layers: True puts the base's embeddings into the file too (for a vocabulary that
                 grew); "auto" and False do not.
             is_main_process: False writes nothing.
+            path_initial_model_for_weight_conversion: a folder with the adapters as they began, to be taken off what they
+                add now. Adapters that were begun here by a scheme such as PiSSA need none: they remember it, and are
+                always written as plain LoRA for the untouched base, at twice the rank unless one of A and B is as it was.
             **unsupported: refused by name.
 
         Raises:
@@ -258,6 +262,7 @@ class PeftModel(nn.Module):
                 save_directory,
                 selected_adapters,
                 with_embeddings=save_embedding_layers is True,
+                began_as=path_initial_model_for_weight_conversion,
             )
 
     def push_to_hub(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lorakit.checkpoint.keys import to_file_key
 from lorakit.checkpoint.writing import write_adapter
+from lorakit.exporting import as_plain, offsets_in_file, offsets_of
 from lorakit.fitting import embedding_weights
 from lorakit.padding import file_entries
 from lorakit.surgery import describe
@@ -29,6 +30,7 @@ def save_adapters(
     names: Sequence[str] | None = None,
     *,
     with_embeddings: bool = False,
+    began_as: str | os.PathLike[str] | None = None,
 ) -> list[Path]:
     """Write adapters (default: all): "default" into `folder`, every other into a subfolder of its name.
 
@@ -36,6 +38,8 @@ def save_adapters(
         registry: the adapters of a model.
         folder: made if it is not there.
         names: which adapters.
+        began_as: a folder with what the adapters were when they began, for those that do not remember it themselves: it
+            is taken off what they add now.
         with_embeddings: put the base's input and output embeddings into the file too, as PEFT does for a
             vocabulary that grew.
 
@@ -49,10 +53,14 @@ def save_adapters(
     registry.check_known(chosen)
     written: list[Path] = []
     for name in chosen:
-        tensors = {to_file_key(item.file_name): item.in_file() for item in file_entries(registry, name)}
+        entries, config = file_entries(registry, name), stored_config(registry, name)
+        offsets = offsets_of(registry, name)
+        if began_as is not None and not offsets:
+            offsets = offsets_in_file(registry, name, entries, began_as)
+        own, config = as_plain(registry, name, entries, config, offsets)
+        tensors = {to_file_key(file_name): tensor for file_name, tensor in own.items()}
         if with_embeddings:
             tensors |= _embeddings(registry, name)
-        config = stored_config(registry, name)
         target = Path(folder) if name == "default" else Path(folder) / name
         written += write_adapter(target, config.to_dict(), tensors, readme=_model_card(config))
     return written

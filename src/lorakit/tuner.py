@@ -202,6 +202,7 @@ class LoraModel(nn.Module):
         for name in names:
             slots = [slot for slot in self.registry.slots.values() if name in slot.adapters]
             untrained = {id(slot.copies[name]) for slot in slots if name not in slot._trainable}
+            untrained |= self.registry.frozen(name)
             for item in self.registry.tensors(name):
                 if item.state_name and item.tensor.is_floating_point() and id(item.tensor) not in untrained:
                     item.tensor.requires_grad_(requires_grad)

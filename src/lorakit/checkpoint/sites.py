@@ -15,6 +15,7 @@ from lorakit.config import REQUIRED_KEYS, LoraConfig, Matcher, check_supported, 
 from lorakit.errors import AdapterFormatError, UnsupportedError, bullet_list
 from lorakit.layouts import Layout, matrix_layout
 from lorakit.specs import FACTOR_OF, TOKEN_ROWS, scaling_of
+from lorakit.variants import variant_of
 
 if TYPE_CHECKING:
     import os
@@ -74,6 +75,12 @@ def read_source(path: str | os.PathLike[str]) -> Source:
     where = str(file.folder)
     config = LoraConfig.from_dict(file.config, where=where, required=REQUIRED_KEYS)
     check_supported(config, loading=True)
+    variant = variant_of(config)
+    if variant is not None:
+        raise UnsupportedError(
+            f"{where}: {variant.name} is more than its factors, which are all that can be combined in files; "
+            "load the adapters on a model and call add_weighted_adapter()"
+        )
     tensors = {from_file_key(key): tensor for key, tensor in file.load().items()}
     factors: dict[str, dict[str, Tensor]] = {}
     rows: dict[str, dict[int, Tensor]] = {}

@@ -12,6 +12,7 @@ from lorakit.layers import ParamWrapper
 from lorakit.padding import FACTORS, Entry, Targets, entries, shape_of
 from lorakit.specs import scaling_of
 from lorakit.surgery import make_plan
+from lorakit.variants import variant_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -120,6 +121,11 @@ def _differences(former: LoraConfig, config: LoraConfig) -> list[str]:
         found.append(
             f"init_lora_weights: the loaded adapter changed the base when it began ({former.init_lora_weights!r})"
         )
+    for which, variant in (("the loaded", variant_of(former)), ("the new", variant_of(config))):
+        if variant is not None:
+            found.append(
+                f"{variant.field}: {which} adapter is {variant.name}, which cannot be exchanged in place"
+            )
     return found
 
 

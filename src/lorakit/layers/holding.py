@@ -15,7 +15,7 @@ from lorakit.errors import AdapterNameError
 from lorakit.layers.factors import let_go
 from lorakit.layers.merging import MergingLayer
 from lorakit.layers.tokens import TokenRows
-from lorakit.layers.varied import drop_parts, hold_offset, hold_parts, parts_of
+from lorakit.layers.varied import Offset, drop_parts, hold_parts, parts_of
 from lorakit.specs import FILE_NAMES, TOKEN_ROWS
 
 if TYPE_CHECKING:
@@ -140,8 +140,15 @@ class HoldingLayer(MergingLayer):
         if spec.frozen:
             self.frozen[name] = spec.frozen
         if offset is not None:
-            hold_offset(self, name, offset)
+            A, B, _ = self.layout.join(offset)
+            self.hold_offset(name, Offset(A, B, offset[0].scaling))
         self._match_mode(name)
+
+    def hold_offset(self, name: str, offset: nn.Module) -> None:
+        """Take an `Offset` off the base for an adapter."""
+        if self.lora_offset is None:
+            self.lora_offset = nn.ModuleDict()
+        self.lora_offset[name] = offset
 
     def add_tied(self, name: str, source: HoldingLayer, spec: AdapterSpec, *, use_rslora: bool) -> None:
         """Use the factors of another layer, transposed: a head tied to the embedding that carries the adapter."""

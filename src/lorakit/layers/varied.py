@@ -34,7 +34,7 @@ class PartHolder(nn.Module):
 class Offset(nn.Module):
     """What one adapter takes off the base: `scaling * B A`, of the layout's shapes.
 
-    It follows from the base weight or from how the adapter began, so no state dict holds it.
+    No file of an adapter holds it as such (`lorakit.exporting`); a state dict of the whole model does.
     """
 
     A: Tensor
@@ -42,8 +42,8 @@ class Offset(nn.Module):
 
     def __init__(self, A: Tensor, B: Tensor, scaling: float) -> None:
         super().__init__()
-        self.register_buffer("A", A, persistent=False)
-        self.register_buffer("B", B, persistent=False)
+        self.register_buffer("A", A)
+        self.register_buffer("B", B)
         self.scaling = scaling
 
     def held(self) -> Held:
@@ -90,14 +90,6 @@ def parts_of(layer: HoldingLayer, name: str) -> dict[str, nn.Parameter]:
         held = cast("Any", layer._modules[place.holder])[name]
         found[part] = held.weight if place.in_module else held
     return found
-
-
-def hold_offset(layer: HoldingLayer, name: str, blocks: Sequence[Factors]) -> None:
-    """Keep what an adapter takes off the base."""
-    A, B, _ = layer.layout.join(blocks)
-    if layer.lora_offset is None:
-        layer.lora_offset = nn.ModuleDict()
-    layer.lora_offset[name] = Offset(A, B, blocks[0].scaling)
 
 
 def offset_of(layer: HoldingLayer, name: str) -> Held | None:

@@ -235,6 +235,11 @@ class AdapterRegistry:
                     own.parameter(parameter), everywhere.parameter(parameter), slot.copies[name]
                 )
 
+    def frozen(self, adapter: str) -> set[int]:
+        """The `id`s of the adapter's parameters that are never trained."""
+        layers = [layer for layer in self.layers.values() if adapter in layer.frozen]
+        return {id(tensor) for layer in layers for tensor in layer.frozen_tensors(adapter)}
+
     def names(self, adapter: str | None = None) -> Names:
         """Where things are inside the model, counting all wrappers, or only those that carry one adapter."""
         mine = {
