@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorakit.checkpoint.files import open_adapter
 from lorakit.checkpoint.keys import to_file_key
+from lorakit.checkpoint.reading import open_adapter
 from lorakit.errors import AdapterFormatError, bullet_list
 from lorakit.layers.scales import own_scaling
 from lorakit.layers.varied import offset_of
