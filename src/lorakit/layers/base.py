@@ -143,8 +143,8 @@ class LoraLayer(HoldingLayer):
 
     def _present(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Those of some adapters that are on this layer."""
-        here = self.adapters
-        return tuple(name for name in names if name in here)
+        rows = self.token_adapter.token_indices if self.token_adapter is not None else ()
+        return tuple([name for name in names if name in self.r or name in rows])
 
     def acting(self) -> tuple[tuple[str, ...], Chosen | None]:
         """The adapters that act in the running call, and its choice if that is one for each sample."""
