@@ -23,6 +23,7 @@ INITIALISERS: Mapping[str, Callable[[InitContext], InitResult]] = {
     "gaussian": gaussian,
     "random": random,
     "orthogonal": orthogonal,
+    "eva": kaiming,  # until `initialize_lora_eva_weights` has seen data
 }
 
 FROZEN: Mapping[str, frozenset[str]] = {"mica": frozenset({"B"})}
@@ -57,7 +58,10 @@ def initialise(spec: AdapterSpec, read: Callable[[torch.dtype], Tensor]) -> tupl
 def _block(
     spec: AdapterSpec, read: Callable[[torch.dtype], Tensor], block: int, dtype: torch.dtype
 ) -> Tensor:
-    weight = read(dtype)
-    if spec.layout.experts:
+    weight, layout = read(dtype), spec.layout
+    if layout.experts:
         return weight[block]
-    return weight.chunk(spec.layout.groups)[block]
+    if layout.groups > 1:  # factors see the channels of all groups, so the block has zeros at those of others
+        grouped = weight.view(layout.out, layout.row[0] // layout.groups, *layout.row[1:])
+        return layout.make_dense(grouped).flatten(start_dim=1).chunk(layout.groups)[block].contiguous()
+    return weight

@@ -249,8 +249,19 @@ def begin_problems(
     schemes = {spec.init for spec in specs}
     if schemes & TAKES_OFF and any(spec.tied_to for spec in specs):
         yield "ensure_weight_tying: ties factors, and this init_lora_weights has more than these; set it to False"
+    if schemes & TAKES_OFF and any(spec.variant for spec in specs):
+        yield (
+            f"init_lora_weights: {sorted(schemes & TAKES_OFF)} takes something off the base, which this kind of adapter "
+            "would have to know of; set it to True"
+        )
     if not schemes & REPLACES_BASE:
         return
+    yield from (
+        f"{spec.path}: the grouped weight has no place for what {spec.init!r} makes of it; leave it out with "
+        "exclude_modules"
+        for spec in specs
+        if spec.layout.groups > 1
+    )
     registry = find_registry(description.model)
     if registry is not None and registry.configs:
         yield (
