@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
+    from lorakit.calibration import get_eva_state_dict, initialize_lora_eva_weights
     from lorakit.config import (
         CordaConfig,
         EvaConfig,
@@ -86,6 +87,7 @@ _HOMES = {
         "PeftType",
         "TaskType",
     ),
+    "calibration": ("get_eva_state_dict", "initialize_lora_eva_weights"),
     "configs": ("LoraConfig", "PeftConfig"),
     "errors": (
         "AdapterError",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ def get_peft_model(
     mixed: bool = False,
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
-    low_cpu_mem_usage: bool = False,  # noqa: ARG001 - always lean here
+    low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
     """Put a new LoRA adapter on `model` and wrap it; its parameters are the only trainable ones then.
 
@@ -46,7 +47,8 @@ def get_peft_model(
         mixed: must be False: lorakit has one kind of adapter.
         autocast_adapter_dtype: keep adapters of a half-precision base in fp32.
         revision: of the base model, recorded in the config.
-        low_cpu_mem_usage: accepted; attaching never builds anything twice.
+        low_cpu_mem_usage: attaching is lean with and without it. As in PEFT it goes with `init_lora_weights="eva"`:
+            without it a warning says that `initialize_lora_eva_weights` must follow.
 
     Returns:
         The `PeftModel` subclass for `peft_config.task_type`.
@@ -61,6 +63,16 @@ def get_peft_model(
     check_bare(model)
     if revision is not None and isinstance(peft_config, LoraConfig):
         peft_config = replace(peft_config, revision=revision)
+    if (
+        isinstance(peft_config, LoraConfig)
+        and peft_config.init_lora_weights == "eva"
+        and not low_cpu_mem_usage
+    ):
+        warnings.warn(
+            "init_lora_weights='eva': the adapter begins as a plain one until initialize_lora_eva_weights(model, "
+            "dataloader) is called; low_cpu_mem_usage=True says that you know",
+            stacklevel=2,
+        )
     registry = put_on(model, peft_config, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
     return PeftModel.of(registry)
 

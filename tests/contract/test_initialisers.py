@@ -79,8 +79,10 @@ PROMISES = {
     # Each row of A is 0.1 times a sum of r/2 normals, weighted by entries of a random orthogonal matrix.
     "orthogonal": Promise(True, none, none, *[lambda out, inner, r: 0.1 * 0.5**0.5] * 2),
 }
+PROMISES["eva"] = PROMISES["default"]  # until data have been seen
 OF_EMBEDDINGS = {
     "default": EMBEDDING,
+    "eva": EMBEDDING,
     "gaussian": EMBEDDING,
     "random": Promise(False, none, none, *[lambda out, inner, r: 1.0] * 2),
     "orthogonal": PROMISES["orthogonal"],

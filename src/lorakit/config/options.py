@@ -31,7 +31,7 @@ class EvaConfig:
         tau: cosine similarity, in [0, 1], at which a singular vector counts as converged.
         use_label_mask: leave out the positions whose label is `label_mask_value`.
         label_mask_value: the label of the positions to leave out.
-        whiten: divide each component by its singular value.
+        whiten: divide each component by the square root of its singular value.
         adjust_scaling_factors: keep `lora_alpha / r` of a module as it was before its rank changed.
     """
 

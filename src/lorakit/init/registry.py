@@ -24,6 +24,7 @@ INITIALISERS: Mapping[str, Callable[[InitContext], InitResult]] = {
     "random": random,
     "orthogonal": orthogonal,
     "eva": kaiming,  # until `initialize_lora_eva_weights` has seen data
+    "eva": kaiming,  # until `initialize_lora_eva_weights` has seen data
 }
 
 FROZEN: Mapping[str, frozenset[str]] = {"mica": frozenset({"B"})}

@@ -293,8 +293,8 @@ def test_the_not_yet_table_names_fields_only():
 UNSUPPORTED = [
     ("init_lora_weights", "pissa_niter_4", True), ("init_lora_weights", "olora", True),
     ("init_lora_weights", "corda", True), ("init_lora_weights", "lora_ga", True),
-    ("init_lora_weights", "eva", False), ("init_lora_weights", "loftq", False), ("init_lora_weights", "mica", False),
-    ("loftq_config", {"loftq_bits": 4}, False), ("eva_config", EvaConfig(), False),
+    ("init_lora_weights", "loftq", False), ("init_lora_weights", "mica", False),
+    ("loftq_config", {"loftq_bits": 4}, False),
     ("corda_config", CordaConfig(), False), ("lora_ga_config", LoraGAConfig(), False),
     ("use_dora", True, True), ("use_qalora", True, True), ("velora_config", {"scale": 1}, True),
     ("monteclora_config", {"num_samples": 10**6}, True), ("arrow_config", {"top_k": 3}, True),
@@ -318,7 +318,7 @@ def test_unsupported_fields_are_refused_by_name(field, value, on_load):
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
 def test_plain_configs_are_supported(init):
-    config = LoraConfig(init_lora_weights=init, target_modules=["q"], rank_pattern={"q": 2})
+    config = LoraConfig(init_lora_weights=init, target_modules=["q"], rank_pattern={"q": 2}, eva_config=EvaConfig())
     check_supported(config)
     check_supported(config, loading=True)
 
