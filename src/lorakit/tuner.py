@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,12 +13,15 @@ from tqdm.auto import tqdm
 from lorakit.combiners import CombineOptions
 from lorakit.config import LoraConfig, check_adapter_name
 from lorakit.errors import AdapterStateError, ConfigError
+from lorakit.penalties import AdapterLosses
 from lorakit.surgery import (
     AdapterRegistry,
     attach,
     find_registry,
     for_each_sample,
     for_the_call,
+    invoked,
+    invoking,
     make_plan,
     merge_and_unload,
     unload,
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from lorakit.surgery.invocation import Offsets
     from lorakit.weighted import CombineReport
 
 
@@ -67,7 +72,7 @@ def put_on(
     return registry
 
 
-class LoraModel(nn.Module):
+class LoraModel(AdapterLosses, nn.Module):
     """A model whose modules carry LoRA adapters.
 
     Calling it calls the model; attributes that it does not have itself are the model's.
@@ -108,36 +113,65 @@ class LoraModel(nn.Module):
         made._adopt(registry)
         return made
 
-    def forward(self, *args: Any, adapter_names: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        *args: Any,
+        adapter_names: str | Sequence[str] | None = None,
+        alora_offsets: Offsets | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Call the model.
 
         Args:
             *args: go to the model.
             adapter_names: one name for each sample of the batch ("__base__" for the base model), or one name for
                 the whole call; None takes the active adapters. What other threads call sees nothing of it.
+            alora_offsets: for each sample how many tokens at its end an aLoRA adapter acts on, None for none of them;
+                by default from the last occurrence of its `alora_invocation_tokens` in the input ids on.
             **kwargs: go to the model.
 
         Raises:
-            AdapterNameError, AdapterStateError, ConfigError: the names do not fit the model or the batch.
+            AdapterNameError, AdapterStateError, ConfigError, UnsupportedError: the names or the offsets do not fit the
+                model or the batch.
         """
-        if adapter_names is None:
+        if adapter_names is None and alora_offsets is None and not invoked(self.registry):
             return self.model(*args, **kwargs)
-        with self._choosing(adapter_names):
+        with (
+            self._choosing(adapter_names),
+            invoking(self.registry, invoked(self.registry), args, kwargs, alora_offsets),
+        ):
             return self.model(*args, **kwargs)
 
-    def generate(self, *args: Any, adapter_names: str | Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Call the model's own `generate`; `adapter_names` as in `forward`, one name for each prompt.
+    def generate(
+        self,
+        *args: Any,
+        adapter_names: str | Sequence[str] | None = None,
+        alora_offsets: Offsets | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Call the model's own `generate`.
+
+        `adapter_names` and `alora_offsets` are as in `forward`, one for each prompt; what is generated belongs to
+        every aLoRA adapter that acts on the prompt.
 
         Raises:
-            AdapterNameError, AdapterStateError, ConfigError: the names do not fit the model or the batch.
+            AdapterNameError, AdapterStateError, ConfigError, UnsupportedError: as `forward`; or an aLoRA adapter acts
+                and the model is to run several tokens at once (assisted generation, prefilling in chunks).
         """
         generate: Any = self.model.generate
-        if adapter_names is None:
+        if adapter_names is None and alora_offsets is None and not invoked(self.registry):
             return generate(*args, **kwargs)
-        with self._choosing(adapter_names, repeats=True):
+        with (
+            self._choosing(adapter_names, repeats=True),
+            invoking(self.registry, invoked(self.registry), args, kwargs, alora_offsets, adds=True),
+        ):
             return generate(*args, **kwargs)
 
-    def _choosing(self, names: str | Sequence[str], *, repeats: bool = False) -> AbstractContextManager[None]:
+    def _choosing(
+        self, names: str | Sequence[str] | None, *, repeats: bool = False
+    ) -> AbstractContextManager[None]:
+        if names is None:
+            return nullcontext()
         if isinstance(names, str):
             return for_the_call(self.registry, names)
         return for_each_sample(self.registry, names, repeats=repeats)

@@ -34,7 +34,6 @@ NOT_YET: dict[str, str] = {
     "arrow_config": "Arrow routing is not available; leave it None",
     "kasa_config": "KaSA is not available; leave it None",
     "use_bdlora": "block-diagonal LoRA is not available; leave it None",
-    "alora_invocation_tokens": "activated LoRA is not available; leave it None",
     "megatron_config": "Megatron layers are not available; leave it None",
     "runtime_config": "ephemeral GPU offload is not available; leave ephemeral_gpu_offload False",
 }

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lorakit.errors import UnsupportedError
-from lorakit.layers.chosen import Live, Owner, chosen_by
+from lorakit.layers.chosen import Live, chosen_by
 from lorakit.layers.finite import merge_is_finite
 from lorakit.layers.holding import HoldingLayer
 from lorakit.layers.hooks import outside_autocast
@@ -48,7 +48,6 @@ class LoraLayer(HoldingLayer):
 
     def __init__(self, base_layer: nn.Module, codec: WeightCodec) -> None:
         super().__init__(base_layer, codec)
-        self.owner = Owner()
         self._route: tuple[str, ...] = ()
 
     # ---- what a final subclass supplies -------------------------------------------------------------

@@ -1,7 +1,7 @@
-"""The adapters that one call of a model chose for itself.
+"""The adapters that one call of a model chose for itself, and what it carries for their variants.
 
-A choice lives in a context variable, so that threads (and tasks) that use one model at once with different adapters
-never see each other's. It is read in `forward`, and whatever ends the call ends the choice.
+Both live in context variables, so that threads (and tasks) that use one model at once in different ways never see each
+other's. They are read in `forward`, and whatever ends the call ends them.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ import threading
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorakit.errors import ConfigError
 from lorakit.ops import Groups
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     import torch
+
+_T = TypeVar("_T")
 
 BASE = "__base__"
 """Stands for the base model where an adapter's name is asked for."""
@@ -75,11 +77,27 @@ class Chosen:
         return self._groups[key]
 
 
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """What one call hands to the variants of some adapters.
+
+    Attributes:
+        owner: the model that it is meant for.
+        items: by adapter. Where the call has an adapter for each sample, of an adapter's own samples alone.
+        outer: what is carried around it, for other models.
+    """
+
+    owner: Owner
+    items: Mapping[str, Any]
+    outer: Carried | None = None
+
+
 _CHOSEN: ContextVar[Chosen | None] = ContextVar("lorakit_chosen", default=None)
+_CARRIED: ContextVar[Carried | None] = ContextVar("lorakit_carried", default=None)
 
 
 class Live:
-    """Whether any call anywhere has a choice: a plain attribute, which a compiled graph can guard on."""
+    """Whether any call anywhere chose or carries anything: a plain attribute, which a compiled graph can guard on."""
 
     any = False
     count = 0
@@ -96,40 +114,57 @@ def chosen_by(owner: Owner) -> Chosen | None:
     return chosen
 
 
+def carried_by(owner: Owner, name: str) -> Any:
+    """What the running call hands to the variant of this model's adapter, or None."""
+    if not Live.any:
+        return None
+    carried = _CARRIED.get()
+    while carried is not None and carried.owner is not owner:
+        carried = carried.outer
+    return None if carried is None else carried.items.get(name)
+
+
 @contextmanager
 def choosing(
     owner: Owner, names: tuple[str, ...], ids: tuple[int, ...] | None, *, repeats: bool = False
 ) -> Iterator[None]:
     """Within this context calls of the model go through these adapters; see `Chosen`."""
-    with _entered(Chosen(owner, names, ids, repeats, _CHOSEN.get())):
+    with _entered(_CHOSEN, Chosen(owner, names, ids, repeats, _CHOSEN.get())):
         yield
 
 
 @contextmanager
-def _entered(chosen: Chosen) -> Iterator[None]:
+def handing(owner: Owner, items: Mapping[str, Any]) -> Iterator[None]:
+    """Within this context calls of the model carry this; see `Carried`."""
+    with _entered(_CARRIED, Carried(owner, items, _CARRIED.get())):
+        yield
+
+
+@contextmanager
+def _entered(variable: ContextVar[_T], value: _T) -> Iterator[None]:
     with Live.lock:
         Live.count += 1
         Live.any = True
-    token = _CHOSEN.set(chosen)
+    token = variable.set(value)
     try:
         yield
     finally:
-        _CHOSEN.reset(token)
+        variable.reset(token)
         with Live.lock:
             Live.count -= 1
             Live.any = Live.count > 0
 
 
 def carrying(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """A gradient-checkpointing function that runs what it runs again, in backward, with the choice of its call."""
+    """A gradient-checkpointing function that runs what it runs again, in backward, as the call that ran it first."""
 
     def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        chosen = _CHOSEN.get()
-        if chosen is None:
+        chosen, carried = _CHOSEN.get(), _CARRIED.get()
+        if chosen is None and carried is None:
             return checkpoint(function, *args, **kwargs)
 
         def again(*inner: Any, **more: Any) -> Any:
-            with _entered(chosen):
+            with _entered(_CHOSEN, chosen), _entered(_CARRIED, carried):
                 return function(*inner, **more)
 
         return checkpoint(again, *args, **kwargs)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lorakit.errors import AdapterNameError
+from lorakit.layers.chosen import Owner
 from lorakit.layers.factors import let_go
 from lorakit.layers.merging import MergingLayer
 from lorakit.layers.tokens import TokenRows
@@ -68,6 +69,7 @@ class HoldingLayer(MergingLayer):
 
     def __init__(self, base_layer: nn.Module, codec: WeightCodec) -> None:
         super().__init__(base_layer, codec)
+        self.owner = Owner()
         self.lora_dropout = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}

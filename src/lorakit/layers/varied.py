@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorakit.layers.chosen import carried_by
 from lorakit.layers.factors import acting_rate, let_go
 from lorakit.variants import Call, Effect, Held
 
@@ -205,7 +206,7 @@ def add_variants(
             stored=layer.original_weight,
             kept=layer.kept.setdefault(name, {}),
             peer=partial(held_by, layer),
-            chosen=None,
+            chosen=carried_by(layer.owner, name),
         )
         y = layer.variants[name].forward(y, call)
     return y

@@ -3,6 +3,7 @@
 from lorakit.surgery.attach import attach
 from lorakit.surgery.choice import for_each_sample, for_the_call
 from lorakit.surgery.describe import Description, Node, describe
+from lorakit.surgery.invocation import invoked, invoking
 from lorakit.surgery.naming import expected_tensors
 from lorakit.surgery.plan import Plan, make_plan
 from lorakit.surgery.registry import AdapterRegistry, find_registry
@@ -19,6 +20,8 @@ __all__ = [
     "find_registry",
     "for_each_sample",
     "for_the_call",
+    "invoked",
+    "invoking",
     "make_plan",
     "merge_and_unload",
     "unload",

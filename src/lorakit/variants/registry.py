@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorakit.errors import UnsupportedError
+from lorakit.variants import alora
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     from lorakit.config import LoraConfig
     from lorakit.variants.variant import Variant
 
-VARIANTS: tuple[Callable[[LoraConfig], Variant | None], ...] = ()
+VARIANTS: tuple[Callable[[LoraConfig], Variant | None], ...] = (alora.from_config,)
 """Each gives the variant where the config asks for it, else None."""
 
 
