@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lorakit.config.strict_json import dumps
+from lorakit.cli.output import console_for, escaped, print_json, progress
 from lorakit.demo.plot import plot_training
 from lorakit.demo.run import run_demo
 
@@ -31,32 +28,20 @@ def demo(
 
     Example: lorakit demo --output demo-output
     """
-    console = Console(stderr=as_json)
+    console = console_for(as_json=as_json)
     console.print("A line of Python with one operator removed: which kind of comparison was it?")
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        rows: dict[str, object] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in rows:
-                rows[what] = bar.add_task(what, total=total)
-            bar.update(rows[what], completed=done, total=total)  # type: ignore[arg-type]
-
+    with progress(console) as show:
         result = run_demo(output, seed=seed, epochs=epochs, progress=show)
     picture = output / "training.png"
     plot_training(result, picture)
     if as_json:
-        typer.echo(dumps(asdict(result)).decode())
+        print_json(result)
         return
-    console.print(f"example: [b]{_escaped(result.example[0])}[/b] is {result.example[1]}")
+    console.print(f"example: [b]{escaped(result.example[0])}[/b] is {result.example[1]}")
     console.print(_accuracies(result), _checks(result))
     console.print(
         f"adapter: {output / 'adapter'}   picture: {picture}   {sum(result.seconds.values()):.0f} s in all"
     )
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", r"\[")
 
 
 def _accuracies(result: DemoResult) -> Table:
