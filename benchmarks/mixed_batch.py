@@ -2,7 +2,9 @@
 
 Both sides get the same base, the same adapters (r=16; float32, as `get_peft_model` leaves them, or the dtype of the base)
 and the same assignment of samples to adapters, in turn; they must agree on the output before anything is timed. lorakit
-reads the assignment once a forward for all layers; `first` is a layer that pays for that alone.
+reads the assignment once a forward for all layers; `first` is a layer that pays for that alone. Two floors stand beside
+them: the base and one read of the bytes of the factors in use (`bytes`), and the base and two dense products with all of
+them, stacked beforehand (`products`): nothing is checked, masked or scaled there.
 Run: python -m benchmarks.mixed_batch [--quick]
 """
 
@@ -20,11 +22,12 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 
 import lorakit
 from benchmarks.timing import Row, interleave, save
+from lorakit.layers.linear import Linear as LoraLinear
 from lorakit.ops import Bank, Groups, Term, lora_grouped
 from lorakit.ops.grouped_costs import choose
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -66,6 +69,25 @@ def peft_layer(base: torch.nn.Linear, names: list[str], dtype: torch.dtype) -> P
     return layer.requires_grad_(requires_grad=False)
 
 
+class Stacked:
+    """The factors of one layer stacked, and what is the least that can be done with them."""
+
+    def __init__(self, A: Sequence[Tensor], B: Sequence[Tensor], dtype: torch.dtype, samples: int) -> None:
+        self.A = torch.cat([a.detach() for a in A]).to(dtype)  # (rows, in)
+        self.B = torch.cat([b.detach().t() for b in B]).to(dtype)  # (rows, out)
+        self.x = torch.randn(samples, self.A.shape[1], dtype=dtype)
+        self.y = torch.zeros(samples, self.B.shape[1], dtype=dtype)
+
+    def read(self) -> None:
+        """One read of every byte: as fp32, whose sum needs no conversion."""
+        self.A.view(torch.float32).sum()
+        self.B.view(torch.float32).sum()
+
+    def multiply(self) -> None:
+        """The two dense products."""
+        self.y.addmm_(torch.nn.functional.linear(self.x, self.A), self.B)
+
+
 def variants(case: Case) -> tuple[dict[str, Callable[[], Tensor]], str]:
     """The same forward on both sides, and the path that lorakit takes."""
     torch.manual_seed(0)
@@ -82,12 +104,20 @@ def variants(case: Case) -> tuple[dict[str, Callable[[], Tensor]], str]:
         assert bank.is_current()  # as a layer asks before it uses the factors that it stacked
         return lora_grouped(base(x), x, bank, who)
 
+    def floor(do: Callable[[Stacked], None]) -> Tensor:
+        y: Tensor = base(x)
+        do(stacked)
+        return y
+
+    stacked = Stacked([t.A for t in terms], [t.B for t in terms], case.base, SAMPLES * case.tokens)
     path = " ".join(map(str, choose(bank, groups, case.tokens, case.base)))
     return {
         "lorakit": lambda: ours(groups),
         "first": lambda: ours(Groups.make(ids, case.adapters, "cpu")),
         "PEFT": lambda: layer(x, adapter_names=of_samples),
         "base": lambda: base(x),
+        "bytes": lambda: floor(Stacked.read),
+        "products": lambda: floor(Stacked.multiply),
     }, path
 
 
@@ -102,10 +132,19 @@ def one_layer(case: Case, rounds: int) -> tuple[Row, str]:
     return interleave(case.name, runs, rounds=rounds), path
 
 
+FLOORS = f"{'PEFT/bytes':>12}{'PEFT/products':>15}"
+
+
+def over_floors(row: Row) -> str:
+    """How many times a floor PEFT takes."""
+    ms = row.milliseconds
+    return f"{ms['PEFT'] / ms['bytes']:>12.2f}{ms['PEFT'] / ms['products']:>15.2f}"
+
+
 def layers(quick: bool) -> list[Row]:
     """The table of one layer."""
     print(
-        f"{'one layer, 64 samples':<36}{'base us':>9}{'PEFT':>8}{'lorakit':>9}{'first':>8}{'PEFT/ours':>15}  path"
+        f"{'one layer, 64 samples':<36}{'base us':>9}{'PEFT':>8}{'lorakit':>9}{'first':>8}{'PEFT/ours':>15}{FLOORS}  path"
     )
     rows = []
     for base, factors in DTYPES:
@@ -116,7 +155,7 @@ def layers(quick: bool) -> list[Row]:
                 us = {key: 1e3 * value for key, value in row.milliseconds.items()}
                 print(
                     f"{row.name:<36}{us['base']:>9.0f}{us['PEFT']:>8.0f}{us['lorakit']:>9.0f}{us['first']:>8.0f}"
-                    f"{row.ratio['PEFT']:>9.2f} ±{row.spread['PEFT']:.2f}  {path}",
+                    f"{row.ratio['PEFT']:>9.2f} ±{row.spread['PEFT']:.2f}{over_floors(row)}  {path}",
                     flush=True,
                 )
     return rows
@@ -154,6 +193,24 @@ def whole_model(width: int, adapters: int, dtype: torch.dtype, tokens: int, roun
         "base": lambda: base(ids, use_cache=False).logits,
     }
     found, wanted, plain = (run().double() for run in runs.values())
+    stacks = [
+        Stacked(
+            [a.weight for a in module.lora_A.values()],
+            [b.weight for b in module.lora_B.values()],
+            dtype,
+            ids.numel(),
+        )
+        for module in mine.modules()
+        if isinstance(module, LoraLinear)
+    ]
+
+    def floor(do: Callable[[Stacked], None]) -> Tensor:
+        logits: Tensor = runs["base"]()
+        for stacked in stacks:
+            do(stacked)
+        return logits
+
+    runs |= {"bytes": lambda: floor(Stacked.read), "products": lambda: floor(Stacked.multiply)}
     error = float((found - wanted).norm() / wanted.norm())
     assert error <= DEEP[dtype], f"logits differ by {error:.1e}"
     assert float((found - plain).norm() / wanted.norm()) > DEEP[dtype], "the adapters do nothing"
@@ -165,7 +222,7 @@ def whole_model(width: int, adapters: int, dtype: torch.dtype, tokens: int, roun
 def models(quick: bool) -> list[Row]:
     """The table of the whole model."""
     print(
-        f"\n{f'Llama, {DEPTH} layers':<42}{'base ms':>9}{'PEFT':>8}{'lorakit':>9}{'PEFT/ours':>15}{'overhead':>10}"
+        f"\n{f'Llama, {DEPTH} layers':<42}{'base ms':>9}{'PEFT':>8}{'lorakit':>9}{'PEFT/ours':>15}{'overhead':>10}{FLOORS}"
     )
     cases = (
         [(64, 8, 1), (64, 32, 1)]
@@ -181,7 +238,7 @@ def models(quick: bool) -> list[Row]:
             overhead = (ms["PEFT"] - ms["base"]) / (ms["lorakit"] - ms["base"])
             print(
                 f"{row.name:<42}{ms['base']:>9.1f}{ms['PEFT']:>8.1f}{ms['lorakit']:>9.1f}"
-                f"{row.ratio['PEFT']:>9.2f} ±{row.spread['PEFT']:.2f}{overhead:>10.1f}",
+                f"{row.ratio['PEFT']:>9.2f} ±{row.spread['PEFT']:.2f}{overhead:>10.1f}{over_floors(row)}",
                 flush=True,
             )
     return rows
