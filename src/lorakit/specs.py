@@ -86,6 +86,7 @@ class AdapterSpec:
         tied_to: path of the embedding whose factors, transposed, are also this layer's; None for own factors.
         variant: what the adapter is more than plain LoRA, or None.
         frozen: which of its tensors are never trained: "A", "B", or parts of the variant.
+        init_options: what the config says of the scheme `init`, such as a `LoftQConfig`; None if it has no options.
     """
 
     path: str
@@ -102,6 +103,7 @@ class AdapterSpec:
     tied_to: str | None = None
     variant: PlannedVariant | None = None
     frozen: frozenset[str] = frozenset()
+    init_options: object = None
 
     @property
     def shape(self) -> tuple[int, int]:

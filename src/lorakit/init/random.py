@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorakit.errors import PlanError
 from lorakit.init.context import InitContext, InitResult
 from lorakit.types import Factors
 
@@ -60,17 +59,12 @@ def random(context: InitContext) -> InitResult:
 def orthogonal(context: InitContext) -> InitResult:
     """A and B both non-zero, in orthogonal halves of the rank space, so that B @ A = 0.
 
-    The rows of a random orthogonal (r, r) matrix are dealt alternately to A and to B.
+    The rows of a random orthogonal (r, r) matrix are dealt alternately to A and to B, so r is even.
 
-    Raises:
-        PlanError: the rank is odd.
+    Source: https://datta0.github.io/posts/rethink-lora-init/ (orthogonal initialisation).
     """
     r, in_features, out_features = _sizes(context)
-    if r % 2:
-        where = "" if r == context.spec.r else " for each group"
-        raise PlanError(
-            [f"{context.spec.path}: init_lora_weights='orthogonal' needs an even rank{where}, got {r}"]
-        )
+    assert r % 2 == 0, "the planner refuses odd ranks"
     Q = _empty(context, r, r).normal_()
     if not Q.is_meta:
         Q = torch.linalg.qr(Q).Q

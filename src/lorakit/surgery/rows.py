@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import nn
 
 from lorakit.config import NearNames, ends_in
-from lorakit.init.registry import FROZEN, REPLACES_BASE, TAKES_OFF, initialiser_name
+from lorakit.init.registry import (
+    FROZEN,
+    REPLACES_BASE,
+    TAKES_OFF,
+    initialiser_name,
+    initialiser_options,
+    why_not_begin,
+)
 from lorakit.layers import PARAMETER, attention_parts
 from lorakit.layers.whole import has_own_forward
 from lorakit.specs import AdapterSpec, adapter_dtype, scaling_of
@@ -27,6 +33,7 @@ if TYPE_CHECKING:
     from lorakit.surgery.ties import Ties
     from lorakit.surgery.tokens import TokenSpec
     from lorakit.variants import Variant
+    from lorakit.weights import WeightCodec
 
 
 class Rules(NamedTuple):
@@ -49,6 +56,17 @@ class Rules(NamedTuple):
     variant: Variant | None
 
 
+class Kept(NamedTuple):
+    """The dtype of the numbers that a weight stands for, and where it is."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _kept(codec: WeightCodec, base: nn.Module) -> Kept:
+    return Kept(codec.dtype(base), codec.state(base).weight.device)
+
+
 def module_rows(node: Node, rules: Rules, description: Description) -> list[AdapterSpec]:
     """The rows for one targeted module, or none and a problem."""
     parts = attention_parts(node.module)
@@ -64,7 +82,8 @@ def module_rows(node: Node, rules: Rules, description: Description) -> list[Adap
     layout = codec.layout(node.module) if node.layer is None else node.layer.layout
     drops = node.kind.is_linear or not has_own_forward(node.module)
     called = drops and not any(may_read(place.owner, place.attribute) for place in node.places)
-    return _row(node.path, node.kind, layout, node.module.weight, rules, drops=drops, called=called)
+    kept = _kept(codec, node.module)
+    return _row(node.path, node.kind, layout, kept, rules, drops=drops, called=called)
 
 
 def parameter_rows(description: Description, rules: Rules, loose: list[str]) -> Iterator[AdapterSpec]:
@@ -101,9 +120,8 @@ def _attention_rows(
             problem = _taken(child) if child.wrappers else _stored(child.module)
             rules.problems.append(f"{child.path}: {problem}")
             continue
-        rows += _row(
-            child.path, child.kind, codec.layout(child.module), child.module.weight, rules, node.path
-        )
+        kept = _kept(codec, child.module)
+        rows += _row(child.path, child.kind, codec.layout(child.module), kept, rules, node.path)
     return rows
 
 
@@ -118,8 +136,7 @@ def _parameter_row(
         return []
     codec = find_codec(node.module, attribute)
     assert codec is not None
-    weight = node.module._parameters[attribute]
-    return _row(path, PARAMETER, codec.layout(node.module), weight, rules, matched_as)
+    return _row(path, PARAMETER, codec.layout(node.module), _kept(codec, node.module), rules, matched_as)
 
 
 def _why_not_parameter(node: Node, attribute: str) -> str:
@@ -156,7 +173,7 @@ def _row(
     path: str,
     kind: LayerKind,
     layout: Layout,
-    weight: object,
+    kept: Kept,
     rules: Rules,
     matched_as: str | None = None,
     *,
@@ -164,19 +181,20 @@ def _row(
     called: bool = True,
 ) -> list[AdapterSpec]:
     """One row, or none and a problem; ranks are looked up for the path, or for the module that was named."""
-    assert isinstance(weight, torch.Tensor)
     config = rules.config
     r, alpha = rules.matcher.rank(matched_as or path), rules.matcher.alpha(matched_as or path)
     drops = drops and kind.drops and not _in_attention(path, matched_as)
     dropout = config.lora_dropout if drops else 0.0
     called = called and not _in_attention(path, matched_as)
-    refused = _refused(kind, layout, r, config, drops=drops or rules.from_file) or _variant_refused(
-        path, kind, layout, r, rules, called=called
+    init = initialiser_name(config.init_lora_weights)
+    refused = (
+        _refused(kind, layout, r, config, drops=drops or rules.from_file)
+        or _variant_refused(path, kind, layout, r, rules, called=called)
+        or ("" if rules.from_file else why_not_begin(init, layout, r))
     )
     if refused:
         rules.problems.append(f"{path}: {refused}")
         return []
-    init = initialiser_name(config.init_lora_weights)
     return [
         AdapterSpec(
             path=path,
@@ -188,9 +206,10 @@ def _row(
             dropout=dropout,
             lora_bias=config.lora_bias,
             init=init,
-            dtype=adapter_dtype(weight.dtype, widen=rules.widen),
-            device=weight.device,
+            dtype=adapter_dtype(kept.dtype, widen=rules.widen),
+            device=kept.device,
             variant=rules.variant,
+            init_options=initialiser_options(config),
             frozen=FROZEN.get(init, frozenset()) | (rules.variant.frozen if rules.variant else frozenset()),
         )
     ]
@@ -289,7 +308,8 @@ def _why_not(node: Node) -> str:
     if node.kind is None:
         return (
             f"{type(module).__name__} cannot carry an adapter; lorakit adapts nn.Linear, transformers' Conv1D, "
-            "nn.Embedding, nn.Conv1d/2d/3d and nn.MultiheadAttention, and bare parameters by target_parameters"
+            "nn.Embedding, nn.Conv1d/2d/3d, nn.MultiheadAttention and known quantised linear layers, and bare parameters "
+            "by target_parameters"
         )
     if not node.kind.is_linear and any(may_read(place.owner, place.attribute) for place in node.places):
         return (
@@ -298,7 +318,15 @@ def _why_not(node: Node) -> str:
         )
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "this embedding rescales its own weight (max_norm) whenever it is called; it cannot carry an adapter"
-    return "" if find_codec(module) is not None else _stored(module)
+    codec = find_codec(module)
+    if codec is None:
+        return _stored(module)
+    if codec.on_grid and any(may_read(place.owner, place.attribute) for place in node.places):
+        return (
+            f"{type(node.places[0].owner).__name__} reads this layer's weight without calling it, and the weight is "
+            "quantised; leave it out with exclude_modules"
+        )
+    return ""
 
 
 def _taken(node: Node) -> str:
