@@ -23,7 +23,7 @@ FLOORS = {
     "layers": 4,
     "checkpoint": 4,
     "surgery": 5,
-    "configs": 6, "tuner": 6, "state_dict": 6, "status": 6, "fitting": 6, "weighted": 6, "tools": 6, "loading": 6, "saving": 6, "exporting": 6, "peft_model": 6, "tasks": 6,
+    "configs": 6, "tuner": 6, "state_dict": 6, "status": 6, "fitting": 6, "weighted": 6, "tools": 6, "loading": 6, "saving": 6, "exporting": 6, "penalties": 6, "peft_model": 6, "tasks": 6,
     "auto": 6, "api": 6, "padding": 6, "helpers": 6, "hotswap": 6, "calibration": 6, "calibration": 6,
     "demo": 7, "cli": 7,
 }  # fmt: skip

@@ -22,11 +22,14 @@ if TYPE_CHECKING:
     )
     from lorakit.calibration import get_eva_state_dict, initialize_lora_eva_weights
     from lorakit.config import (
+        BdLoraConfig,
         CordaConfig,
         EvaConfig,
+        KasaConfig,
         LoftQConfig,
         LoraGAConfig,
         LoraRuntimeConfig,
+        MontecloraConfig,
         PeftType,
         TaskType,
     )
@@ -43,7 +46,7 @@ if TYPE_CHECKING:
         PlanError,
         UnsupportedError,
     )
-    from lorakit.helpers import check_if_peft_model, rescale_adapter_scale
+    from lorakit.helpers import MontecloraTrainerMixin, check_if_peft_model, rescale_adapter_scale
     from lorakit.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
     from lorakit.layers import LoraLayer, ModulesToSaveWrapper
     from lorakit.loading import LoadReport
@@ -79,11 +82,14 @@ _HOMES = {
         "AutoPeftModelForTokenClassification",
     ),
     "config": (
+        "BdLoraConfig",
         "CordaConfig",
         "EvaConfig",
+        "KasaConfig",
         "LoftQConfig",
         "LoraGAConfig",
         "LoraRuntimeConfig",
+        "MontecloraConfig",
         "PeftType",
         "TaskType",
     ),
@@ -101,7 +107,7 @@ _HOMES = {
         "PlanError",
         "UnsupportedError",
     ),
-    "helpers": ("check_if_peft_model", "rescale_adapter_scale"),
+    "helpers": ("MontecloraTrainerMixin", "check_if_peft_model", "rescale_adapter_scale"),
     "hotswap": ("hotswap_adapter", "prepare_model_for_compiled_hotswap"),
     "layers": ("LoraLayer", "ModulesToSaveWrapper"),
     "loading": ("LoadReport",),

@@ -11,6 +11,7 @@ import torch
 from lorakit.configs import PeftConfig
 from lorakit.errors import AdapterError, ConfigError
 from lorakit.state_dict import registry_of
+from lorakit.tuner import LoraModel
 
 if TYPE_CHECKING:
     import os
@@ -60,6 +61,22 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
                 undo.callback(_put_back, registry, layer, name, registry.configs[name], number)
                 _put(layer, name, number * multiplier)
         yield
+
+
+class MontecloraTrainerMixin:
+    """Put before a transformers Trainer, it adds what the active adapters have a training step add to its loss.
+
+    `class MyTrainer(MontecloraTrainerMixin, Trainer)`. MonteCLoRA's and KaSA's penalties are added (see
+    `LoraModel.get_adapter_loss`); PEFT's class of this name adds MonteCLoRA's alone.
+    """
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
+        """The Trainer's loss, plus the penalties; with the outputs if asked for."""
+        found = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
+        penalty = sum(part.get_adapter_loss() for part in model.modules() if isinstance(part, LoraModel))
+        return (found[0] + penalty, found[1]) if return_outputs else found + penalty
 
 
 def _put(layer: LoraLayer, name: str, number: float) -> None:

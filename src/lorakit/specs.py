@@ -40,16 +40,18 @@ class PartName(NamedTuple):
     Attributes:
         holder: the attribute of a layer that holds it by adapter name, such as "lora_magnitude_vector".
         in_file: its name in a file, below the module.
-        in_module: whether it is the `weight` of a module there.
+        in_module: whether it belongs to a module there; parts with one holder share that module.
+        attribute: what that module calls it.
     """
 
     holder: str
     in_file: str
     in_module: bool = False
+    attribute: str = "weight"
 
     def state_suffix(self, adapter: str) -> str:
         """Its name below the layer in a state dict."""
-        return f"{self.holder}.{adapter}" + (".weight" if self.in_module else "")
+        return f"{self.holder}.{adapter}" + (f".{self.attribute}" if self.in_module else "")
 
 
 class PlannedVariant(Protocol):

@@ -8,7 +8,16 @@ from lorakit.config.known_targets import SEQ_CLS_HEADS, TARGET_MODULES
 from lorakit.config.lora import LoraConfig
 from lorakit.config.matching import Matcher, ends_in
 from lorakit.config.names import PeftType, TaskType, check_adapter_name
-from lorakit.config.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
+from lorakit.config.options import (
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+    MontecloraConfig,
+)
 from lorakit.config.suggest import NearNames
 from lorakit.config.support import NOT_YET, check_supported
 
@@ -18,13 +27,16 @@ __all__ = [
     "REQUIRED_KEYS",
     "SEQ_CLS_HEADS",
     "TARGET_MODULES",
+    "BdLoraConfig",
     "CordaConfig",
     "EvaConfig",
+    "KasaConfig",
     "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",
     "LoraRuntimeConfig",
     "Matcher",
+    "MontecloraConfig",
     "NearNames",
     "PeftConfig",
     "PeftType",

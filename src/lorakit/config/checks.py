@@ -14,7 +14,16 @@ from typing import Any, TypeAlias
 
 from lorakit.config import patterns
 from lorakit.config.names import PeftType, TaskType
-from lorakit.config.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
+from lorakit.config.options import (
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+    MontecloraConfig,
+)
 
 Check: TypeAlias = Callable[[str, object], Iterator[str]]
 Rule: TypeAlias = Callable[[Mapping[str, Any]], Iterator[str]]
@@ -27,6 +36,7 @@ _LARGEST_INT = 2**31 - 1
 _LARGEST_FLOAT = 3.4e38  # what float32 can hold
 _MAX_DEPTH = 32
 _MOST_RANGES = 1000
+_MOST_SAMPLES = 2**16  # an adapter holds two numbers for each, on every layer
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
@@ -176,8 +186,14 @@ alpha = a("a finite number other than 0", lambda value: is_number(value) and val
 rate = a("a number of at least 0 and below 1", lambda value: is_number(value) and 0 <= value < 1)
 json_dict = a("a dict that JSON can hold", lambda value: isinstance(value, dict) and is_json(value))
 names = items(text, "a list of non-empty strings")
+name_list = a(
+    "a list of non-empty strings",
+    lambda value: isinstance(value, list) and all(isinstance(item, str) and item for item in value),
+)
 indices = items(index, "an int or a list of ints")
 unit = a("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1)
+amount = a("a finite number of at least 0", lambda value: is_number(value) and value >= 0)
+positive = a("a positive number", lambda value: is_number(value) and value > 0)
 growth = a("a number of at least 1", lambda value: is_number(value) and value >= 1)
 
 
@@ -283,7 +299,7 @@ LORA: Mapping[str, Check] = {
             {
                 "direction": one_of("ArBr", "A2rBr", "ArB2r", "random"),
                 "scale": one_of("stable", "weight_svd", "gd_scale", "unit"),
-                "stable_gamma": a("a positive number", lambda value: is_number(value) and value > 0),
+                "stable_gamma": positive,
             },
         )
     ),
@@ -292,50 +308,38 @@ LORA: Mapping[str, Check] = {
     "alora_invocation_tokens": optional(items(index, "a list of token ids")),
     "use_qalora": flag,
     "qalora_group_size": rank,
-    "monteclora_config": optional(json_dict),
+    "monteclora_config": optional(
+        group(
+            MontecloraConfig,
+            {
+                "num_samples": a(
+                    f"an int from 1 to {_MOST_SAMPLES}",
+                    lambda value: is_int(value) and 0 < value <= _MOST_SAMPLES,
+                ),
+                "use_entropy": flag,
+                "dirichlet_prior": positive,
+                "sample_scaler": number,
+                "kl_loss_weight": number,
+                "buffer_size": rank,
+            },
+        )
+    ),
     "layer_replication": optional(_ranges),
     "runtime_config": group(LoraRuntimeConfig, {"ephemeral_gpu_offload": flag}),
     "lora_bias": flag,
     "target_parameters": optional(names),
-    "use_bdlora": optional(json_dict),
+    "use_bdlora": optional(
+        group(
+            BdLoraConfig,
+            {
+                "target_modules_bd_a": optional(name_list),
+                "target_modules_bd_b": optional(name_list),
+                "nblocks": rank,
+                "match_strict": flag,
+            },
+        )
+    ),
     "arrow_config": optional(json_dict),
-    "kasa_config": optional(json_dict),
+    "kasa_config": optional(group(KasaConfig, {"beta": amount, "gamma": amount})),
     "ensure_weight_tying": flag,
 }
-
-
-# Rules across fields.
-
-
-def layers_rule(values: Mapping[str, Any]) -> Iterator[str]:
-    """Layer indices select within a list of target names, and `layers_pattern` needs them."""
-    chosen, layers = values.get("layers_to_transform"), values.get("layers_pattern")
-    if isinstance(values.get("target_modules"), str):
-        for name, value in (("layers_to_transform", chosen), ("layers_pattern", layers)):
-            if value is not None:
-                yield problem(
-                    name, value, "None, because target_modules is one pattern that selects layers by itself"
-                )
-    elif layers and chosen is None:
-        yield problem("layers_pattern", layers, "layers_to_transform to be set with it")
-
-
-def bias_rule(values: Mapping[str, Any]) -> Iterator[str]:
-    """`lora_bias` has a starting value under the plain initialisation only, and DoRA has no place for it."""
-    if not values.get("lora_bias"):
-        return
-    if not isinstance(values.get("init_lora_weights", True), bool):
-        yield problem(
-            "init_lora_weights", values["init_lora_weights"], "True or False, because lora_bias is True"
-        )
-    if values.get("use_dora"):
-        yield "lora_bias: got True with use_dora=True, wanted one of the two"
-
-
-def dora_rule(values: Mapping[str, Any]) -> Iterator[str]:
-    """DoRA has no Megatron layer."""
-    if values.get("use_dora") and values.get("megatron_config"):
-        yield "megatron_config: got a config with use_dora=True, wanted one of the two"
-
-
-LORA_RULES: tuple[Rule, ...] = (layers_rule, bias_rule, dora_rule)

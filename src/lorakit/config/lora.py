@@ -13,7 +13,17 @@ from typing import Any, ClassVar
 from lorakit.config import checks
 from lorakit.config.base import PeftConfig, register_config
 from lorakit.config.names import PeftType
-from lorakit.config.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, LoraRuntimeConfig
+from lorakit.config.options import (
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+    MontecloraConfig,
+)
+from lorakit.config.rules import LORA_RULES
 
 
 def _as_set(value: Any) -> Any:
@@ -130,18 +140,18 @@ class LoraConfig(PeftConfig):
     alora_invocation_tokens: list[int] | None = None
     use_qalora: bool = False
     qalora_group_size: int = 16
-    monteclora_config: dict[str, Any] | None = None
+    monteclora_config: MontecloraConfig | None = None
     layer_replication: list[tuple[int, int]] | None = None
     runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig, compare=False)
     lora_bias: bool = False
     target_parameters: list[str] | None = None
-    use_bdlora: dict[str, Any] | None = None
+    use_bdlora: BdLoraConfig | None = None
     arrow_config: dict[str, Any] | None = None
-    kasa_config: dict[str, Any] | None = None
+    kasa_config: KasaConfig | None = None
     ensure_weight_tying: bool = False
 
     _CHECKS: ClassVar[Mapping[str, checks.Check]] = checks.LORA
-    _RULES: ClassVar[tuple[checks.Rule, ...]] = checks.LORA_RULES
+    _RULES: ClassVar[tuple[checks.Rule, ...]] = LORA_RULES
     _CONVERT: ClassVar[Mapping[str, Callable[[Any], Any]]] = {
         **PeftConfig._CONVERT,
         "peft_type": lambda value: PeftType.LORA if value in (None, "LORA") else value,
@@ -159,8 +169,11 @@ class LoraConfig(PeftConfig):
         "corda_config": _as_group(CordaConfig),
         "lora_ga_config": _as_group(LoraGAConfig),
         "alora_invocation_tokens": _as_list,
+        "monteclora_config": _as_group(MontecloraConfig),
         "layer_replication": _as_pairs,
         "runtime_config": _as_group(LoraRuntimeConfig),
         "target_parameters": _as_list,
+        "use_bdlora": _as_group(BdLoraConfig),
+        "kasa_config": _as_group(KasaConfig),
     }
     _NOT_SAVED: ClassVar[frozenset[str]] = frozenset({"extra", "runtime_config"})

@@ -80,6 +80,57 @@ class LoraGAConfig:
 
 
 @dataclass
+class KasaConfig:
+    """KaSA, a diagonal between the factors and a base without its least singular values (arXiv:2412.06071).
+
+    Attributes:
+        beta: weight of the penalty on the diagonal's squares; at least 0.
+        gamma: weight of the penalty on factors that are not orthonormal; at least 0.
+    """
+
+    beta: float = 1e-4
+    gamma: float = 1e-3
+
+
+@dataclass
+class BdLoraConfig:
+    """Block-diagonal LoRA, for serving on several devices (Wang et al., 2025, arXiv:2510.23346).
+
+    Attributes:
+        target_modules_bd_a: texts; a targeted module whose path holds one of them gets a block-diagonal A.
+        target_modules_bd_b: the same for B.
+        nblocks: how many blocks; at least 1.
+        match_strict: refuse targeted modules that neither list names; otherwise they get plain LoRA.
+    """
+
+    target_modules_bd_a: list[str] | None = None
+    target_modules_bd_b: list[str] | None = None
+    nblocks: int = 1
+    match_strict: bool = True
+
+
+@dataclass
+class MontecloraConfig:
+    """MonteCLoRA, noise on A whose size is learned (Seth et al., 2024, arXiv:2411.04358).
+
+    Attributes:
+        num_samples: how many draws are averaged in a step; from 1 to 65,536.
+        use_entropy: add the sum of the squared weights of the draws to the loss.
+        dirichlet_prior: concentration of the prior of these weights; positive.
+        sample_scaler: factor on the noise.
+        kl_loss_weight: weight of the divergence from the priors in the loss.
+        buffer_size: accepted; it has no effect, since nothing is drawn in advance. At least 1.
+    """
+
+    num_samples: int = 8
+    use_entropy: bool = False
+    dirichlet_prior: float = 0.1
+    sample_scaler: float = 1e-4
+    kl_loss_weight: float = 1e-5
+    buffer_size: int = 150
+
+
+@dataclass
 class LoraRuntimeConfig:
     """Settings of the run, which are never written to a file.
 

@@ -28,12 +28,8 @@ NOT_YET: dict[str, str] = {
     "corda_config": _OTHER_INIT,
     "lora_ga_config": _OTHER_INIT,
     "use_dora": "DoRA is not available; train plain LoRA with use_dora=False",
-    "use_qalora": "QALoRA is not available; train plain LoRA with use_qalora=False",
     "velora_config": "VeLoRA is not available; leave it None",
-    "monteclora_config": "MonteCLoRA is not available; leave it None",
     "arrow_config": "Arrow routing is not available; leave it None",
-    "kasa_config": "KaSA is not available; leave it None",
-    "use_bdlora": "block-diagonal LoRA is not available; leave it None",
     "megatron_config": "Megatron layers are not available; leave it None",
     "runtime_config": "ephemeral GPU offload is not available; leave ephemeral_gpu_offload False",
 }

@@ -25,11 +25,7 @@ if TYPE_CHECKING:
 
 
 class PartHolder(nn.Module):
-    """A module that holds one tensor of a variant as its `weight`."""
-
-    def __init__(self, weight: nn.Parameter) -> None:
-        super().__init__()
-        self.weight = weight
+    """A module that holds tensors of a variant, under the names that the variant gives them."""
 
 
 class Offset(nn.Module):
@@ -62,7 +58,12 @@ def hold_parts(layer: HoldingLayer, name: str, tensors: Mapping[str, Tensor]) ->
         if place.holder not in layer._modules:
             layer.register_module(place.holder, nn.ModuleDict() if place.in_module else nn.ParameterDict())
         holder = cast("Any", layer._modules[place.holder])
-        holder[name] = PartHolder(parameter) if place.in_module else parameter
+        if not place.in_module:
+            holder[name] = parameter
+            continue
+        if name not in holder:
+            holder[name] = PartHolder()
+        holder[name].register_parameter(place.attribute, parameter)
 
 
 def drop_parts(layer: HoldingLayer, name: str) -> None:
@@ -89,7 +90,7 @@ def parts_of(layer: HoldingLayer, name: str) -> dict[str, nn.Parameter]:
     found = {}
     for part, place in layer.variants[name].parts.items():
         held = cast("Any", layer._modules[place.holder])[name]
-        found[part] = held.weight if place.in_module else held
+        found[part] = held._parameters[place.attribute] if place.in_module else held
     return found
 
 
@@ -209,6 +210,9 @@ def add_variants(
             chosen=carried_by(layer.owner, name),
         )
         y = layer.variants[name].forward(y, call)
+        offset = offset_of(layer, name)
+        if offset is not None:
+            y = add(y, x, offset)
     return y
 
 

@@ -145,7 +145,8 @@ def _begun(spec: AdapterSpec, read: Callable[[torch.dtype], Tensor]) -> New:
     offset = tuple(result.offset for result in results if result.offset is not None) or _offset(spec, read)
     if spec.variant is not None:
         variant = cast("Variant", spec.variant)
-        new = new._replace(tensors=variant.start(Start(spec, new.tensors["A"], new.tensors["B"], read)))
+        begun = variant.start(Start(spec, new.tensors["A"], new.tensors["B"], read))
+        new = new._replace(tensors={**new.tensors, **begun})
     weights = [result.base_weight for result in results if result.base_weight is not None]
     if not weights:
         return new._replace(offset=offset)

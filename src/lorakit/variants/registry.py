@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorakit.errors import UnsupportedError
-from lorakit.variants import alora
+from lorakit.variants import alora, bdlora, kasa, monteclora, qalora
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     from lorakit.config import LoraConfig
     from lorakit.variants.variant import Variant
 
-VARIANTS: tuple[Callable[[LoraConfig], Variant | None], ...] = (alora.from_config,)
+VARIANTS: tuple[Callable[[LoraConfig], Variant | None], ...] = (
+    alora.from_config,
+    kasa.from_config,
+    bdlora.from_config,
+    qalora.from_config,
+    monteclora.from_config,
+)
 """Each gives the variant where the config asks for it, else None."""
 
 

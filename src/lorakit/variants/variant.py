@@ -90,6 +90,7 @@ class Call:
         kept: what the variant wants to keep on this layer for this adapter; lost when the adapter is deleted, never
             saved. Threads share it, so an entry is replaced whole, never changed.
         peer: gives the tensors of another adapter on the layer by name.
+        peers: gives the names of the adapters on the layer that are plain LoRA and take nothing off the base.
         chosen: what the call of the model carries for this variant (see `carrying`), or None.
     """
 
@@ -107,6 +108,7 @@ class Call:
     stored: Tensor
     kept: dict[str, Any]
     peer: Callable[[str], Held]
+    peers: Callable[[], tuple[str, ...]]
     chosen: Any
 
 
@@ -155,8 +157,20 @@ class Variant(PlannedVariant, Protocol):
 
         Args:
             y: the base's output plus what other adapters added. It is given away: it may be written into, and
-                returned.
+                returned. What `offset` says is taken off afterwards.
             call: see `Call`.
+        """
+
+    def penalty(self, held: Held, kept: Mapping[str, Any], count: int, *, training: bool) -> Tensor | None:
+        """What a training loop should add to its loss for this adapter on this weight; None: nothing.
+
+        Differentiable, a 0-d tensor; added up over the layers and adapters that are asked about.
+
+        Args:
+            held: the adapter's tensors.
+            kept: what `forward` kept of its last call (`Call.kept`).
+            count: how many penalties of this kind of variant are added up.
+            training: whether the layer is in training mode.
         """
 
     def effect(self, held: Held, layout: Layout, weight: Callable[[torch.dtype], Tensor]) -> Effect:
