@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from lorakit.config import LoraConfig, check_adapter_name
 from lorakit.errors import AdapterStateError, UnsupportedError
 from lorakit.loading import attach_tensors
+from lorakit.putting import prepare_config, put_on
 from lorakit.surgery import Plan, make_plan
 from lorakit.tasks import PeftModel
-from lorakit.tuner import check_bare, prepare_config, put_on
+from lorakit.tuner import check_bare
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

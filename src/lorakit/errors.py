@@ -8,6 +8,7 @@
     ├── AdapterFormatError   a file is not what it should be                   (ValueError)
     ├── KeyMismatchError     keys missing, unexpected or of another shape      (ValueError)
     ├── NonFiniteError       NaN or infinity where numbers are needed          (ValueError)
+    ├── LossyMergeError      quantising again would undo what was merged       (ValueError)
     ├── AdapterStateError    the call does not fit the state of the model      (RuntimeError)
     └── UnsupportedError     valid, but not something lorakit can do           (NotImplementedError)
 
@@ -22,6 +23,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+
+    from lorakit.report import MergeReport
 
 
 class AdapterError(Exception):
@@ -81,6 +84,23 @@ class KeyMismatchError(AdapterError, ValueError):
 
 class NonFiniteError(AdapterError, ValueError):
     """A tensor holds NaN or infinity, or a merge would produce one."""
+
+
+class LossyMergeError(AdapterError, ValueError):
+    """Merging into quantised weights would lose too much of the adapters' effect.
+
+    Attributes:
+        report: the `MergeReport` of the merge that was refused.
+    """
+
+    def __init__(self, report: MergeReport, count: int, limit: float) -> None:
+        self.report = report
+        super().__init__(
+            f"{count} of {len(report.errors)} quantised layers would lose more than {limit:.0%} of the adapters' effect "
+            f"when their weight is quantised again; nothing was changed. {report}\n"
+            "Keep the adapter unmerged; or merge with dequantize=True, which leaves these layers in full precision; or "
+            "with force=True, which accepts the loss"
+        )
 
 
 class AdapterStateError(AdapterError, RuntimeError):

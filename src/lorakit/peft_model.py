@@ -13,9 +13,10 @@ from lorakit.checkpoint.hub import push_folder
 from lorakit.config import LoraConfig, TaskType
 from lorakit.errors import AdapterStateError, UnsupportedError
 from lorakit.loading import HubOptions, LoadOptions, LoadReport, load_onto
+from lorakit.putting import put_on
 from lorakit.saving import save_adapters
 from lorakit.status import count_parameters, get_layer_status, get_model_status
-from lorakit.tuner import LoraModel, check_bare, put_on
+from lorakit.tuner import LoraModel, check_bare
 
 if TYPE_CHECKING:
     import os

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,65 +10,29 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lorakit.combiners import CombineOptions
-from lorakit.config import LoraConfig, check_adapter_name
+from lorakit.config import LoraConfig
 from lorakit.errors import AdapterStateError, ConfigError
 from lorakit.penalties import AdapterLosses
+from lorakit.putting import put_on
 from lorakit.surgery import (
     AdapterRegistry,
-    attach,
     find_registry,
     for_each_sample,
     for_the_call,
     invoked,
     invoking,
-    make_plan,
     merge_and_unload,
     unload,
 )
-from lorakit.surgery.targets import IMPLICIT_HEADS
 from lorakit.weighted import add_weighted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from lorakit.report import MergeReport
     from lorakit.surgery.invocation import Offsets
     from lorakit.weighted import CombineReport
-
-
-def prepare_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
-    """The config as it will be stored: with the task's head in `modules_to_save` and the base's name.
-
-    Raises:
-        ConfigError: `config` is no `LoraConfig`.
-    """
-    if not isinstance(config, LoraConfig):
-        raise ConfigError(f"expected a LoraConfig, got {type(config).__name__}")
-    heads = IMPLICIT_HEADS.get(config.task_type or "", ())
-    extra = [head for head in heads if head not in (config.modules_to_save or ())]
-    name = config.base_model_name_or_path or getattr(getattr(model, "config", None), "_name_or_path", None)
-    return replace(
-        config,
-        modules_to_save=[*(config.modules_to_save or ()), *extra] or config.modules_to_save,
-        base_model_name_or_path=name or None,
-    )
-
-
-def put_on(
-    model: nn.Module, config: LoraConfig, name: str, *, autocast_adapter_dtype: bool = True
-) -> AdapterRegistry:
-    """Plan a new adapter and attach it; the first one becomes active.
-
-    Raises:
-        ConfigError, UnsupportedError, PlanError, AdapterNameError: the model was not touched.
-    """
-    check_adapter_name(name)
-    prepared = prepare_config(model, config)
-    plan = make_plan(model, prepared, autocast_adapter_dtype=autocast_adapter_dtype)
-    registry = attach(model, plan, name)
-    if len(registry.configs) == 1:
-        registry.set_active([name], inference_mode=prepared.inference_mode)
-    return registry
 
 
 class LoraModel(AdapterLosses, nn.Module):
@@ -327,16 +290,36 @@ class LoraModel(AdapterLosses, nn.Module):
 
     # ---- merging ------------------------------------------------------------------------------------
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, safe_merge: bool = False) -> None:  # noqa: ARG002 - the signature users know
+    def merge_adapter(
+        self,
+        adapter_names: Sequence[str] | None = None,
+        safe_merge: bool = False,  # noqa: ARG002 - the signature users know
+        *,
+        force: bool = False,
+        dequantize: bool = False,
+    ) -> MergeReport:
         """Add the deltas of these adapters (default: the active ones) to the base weights.
 
         Each weight is accumulated in fp32 and rounded once. Either every layer is merged or none. The original
         weights are kept for `unmerge_adapter`; non-finite results are always refused (`safe_merge` or not).
 
+        A quantised weight is quantised again with its own settings, which loses a part of a small delta, or all of it.
+
+        Args:
+            adapter_names: default the active ones.
+            safe_merge: accepted; merges are always safe.
+            force: accept whatever quantising again loses.
+            dequantize: give the layers with quantised weights a weight in full precision instead, in the dtype of the
+                base's first floating-point parameter. `unmerge_adapter` brings the quantised layers back.
+
+        Returns:
+            What quantising again lost, layer by layer; also kept as `merge_report`.
+
         Raises:
+            LossyMergeError: a layer would lose more than 10 % of the adapters' effect; nothing was changed.
             AdapterNameError, UnsupportedError, NonFiniteError: nothing was changed.
         """
-        self.registry.merge(adapter_names)
+        return self.registry.merge(adapter_names, force=force, dequantize=dequantize)
 
     def unmerge_adapter(self) -> None:
         """Put the original weights back, the same bits as before the first merge."""
@@ -347,17 +330,29 @@ class LoraModel(AdapterLosses, nn.Module):
         progressbar: bool = False,
         safe_merge: bool = False,  # noqa: ARG002
         adapter_names: Sequence[str] | None = None,
+        *,
+        force: bool = False,
+        dequantize: bool = False,
     ) -> nn.Module:
         """Merge adapters (default: the active ones) for good and give the plain model back.
 
-        No original weights are kept, and no more than one layer's weight is held twice at any time.
+        No original weights are kept, and no more than one layer's weight is held twice at any time. What quantising
+        again lost is in `merge_report` afterwards; `force` and `dequantize` are as for `merge_adapter`.
 
         Raises:
+            LossyMergeError: a layer would lose more than 10 % of the adapters' effect; nothing was changed.
             AdapterNameError, AdapterStateError, UnsupportedError, NonFiniteError: nothing was changed.
         """
         layers = len(self.registry.layers)
         progress = partial(tqdm, desc="merging", total=layers, unit="layer", disable=not progressbar)
-        return merge_and_unload(self.registry, adapter_names, progress=progress)
+        return merge_and_unload(
+            self.registry, adapter_names, progress=progress, force=force, dequantize=dequantize
+        )
+
+    @property
+    def merge_report(self) -> MergeReport | None:
+        """What the last merge lost by quantising weights again; None before the first."""
+        return self.registry.merge_report
 
     def unload(self) -> nn.Module:
         """Take every adapter off and give the base model back, weights and `requires_grad` flags as before."""

@@ -23,9 +23,10 @@ from lorakit.errors import ConfigError, NonFiniteError, bullet_list
 from lorakit.init.eva import Components, Scatter, have_settled, new_scatter, spread_ranks
 from lorakit.layers import Linear
 from lorakit.layers.hooks import outside_autocast
+from lorakit.putting import prepare_config
 from lorakit.state_dict import registry_of
 from lorakit.surgery import describe, find_registry, make_plan
-from lorakit.tuner import LoraModel, prepare_config
+from lorakit.tuner import LoraModel
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

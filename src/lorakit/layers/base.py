@@ -19,7 +19,7 @@ from lorakit.layers.chosen import Live, chosen_by
 from lorakit.layers.finite import merge_is_finite
 from lorakit.layers.holding import HoldingLayer
 from lorakit.layers.hooks import outside_autocast
-from lorakit.layers.merging import as_tensor
+from lorakit.layers.prepared import as_tensor
 from lorakit.layers.scales import own_scaling, rescale
 from lorakit.layers.varied import changes_of, effect_of, offset_of, total_rows
 from lorakit.types import Factors
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lorakit.layers.chosen import Chosen
-    from lorakit.weights import WeightCodec, WeightState
+    from lorakit.weights import InFull, WeightCodec, WeightState
 
 
 class LoraLayer(HoldingLayer):
@@ -91,17 +91,23 @@ class LoraLayer(HoldingLayer):
 
         That of a grouped convolution mixes all input channels: (out, in_channels, *kernel), as if ungrouped.
         """
-        base = self.original_weight
-        wide = torch.promote_types(base.dtype, torch.float32)
-        with outside_autocast(base.device):
+        dtype = self.codec.dtype(self.stored_base())
+        wide = torch.promote_types(dtype, torch.float32)
+        with outside_autocast(self.original_weight.device):
             A, B, rows = effect_of(self, adapter)
             delta = self.layout.dense(A.to(wide), B.to(wide)) * float(self.scaling[adapter])
             offset = offset_of(self, adapter)
             if offset is not None:
                 delta += self.layout.dense(offset.A.to(wide), offset.B.to(wide)) * offset.scaling
             if rows is not None:
-                delta += self.layout.by_output(rows.to(wide) - 1) * self.layout.make_dense(base.to(wide))
-        return delta.to(base.dtype)
+                delta += self.layout.by_output(rows.to(wide) - 1) * self._original_numbers(wide)
+        return delta.to(dtype)
+
+    def _original_numbers(self, dtype: torch.dtype) -> Tensor:
+        """The unmerged weight in the shape in which it is stored, made dense."""
+        if self.codec.on_grid:
+            return self.read_weight(dtype)
+        return self.layout.make_dense(self.original_weight.to(dtype))
 
     # ---- scaling --------------------------------------------------------------------------------------
 
@@ -155,7 +161,9 @@ class LoraLayer(HoldingLayer):
 
     # ---- merging ------------------------------------------------------------------------------------
 
-    def _merged_into(self, state: WeightState, names: Sequence[str]) -> WeightState:
+    def _merged_into(
+        self, state: WeightState, names: Sequence[str], codec: WeightCodec | InFull
+    ) -> WeightState:
         if self.token_adapter is not None:
             state = self.token_adapter.merged(state, names)
         changes = [changes_of(self, name) for name in names if name in self.r]
@@ -163,7 +171,7 @@ class LoraLayer(HoldingLayer):
             return state
         blocks = [each for parts, _ in changes for each in parts]
         rows = total_rows([rows for _, rows in changes])
-        return self.codec.merged(self.get_base_layer(), state, blocks, rows)
+        return codec.merged(self.stored_base(), state, blocks, rows)
 
     def _numbers_of(self, name: str) -> list[Tensor]:
         found = [item.tensor for item in self.tensors(name)]
@@ -177,10 +185,6 @@ class LoraLayer(HoldingLayer):
         return merge_is_finite(state, [each for name in names for each in changes_of(self, name)[0]])
 
     def _refuse_merge(self, names: Sequence[str]) -> None:
-        if not self.codec.can_write:
-            raise UnsupportedError(
-                f"cannot merge into a {self.codec.name} weight; load the base in full precision to merge"
-            )
         if any(self.lora_bias.get(name) for name in names) and self.bias is None:
             raise UnsupportedError(
                 "cannot merge an adapter with lora_bias=True into a layer that has no bias; "

@@ -277,7 +277,7 @@ class HoldingLayer(MergingLayer):
 
     def read_weight(self, dtype: torch.dtype) -> Tensor:
         """The unmerged base weight as a fresh tensor, (out, in), of experts (experts, out, in)."""
-        return self.codec.read(self.get_base_layer(), dtype, self._original_state())
+        return self.codec.read(self.stored_base(), dtype, self._original_state())
 
     def replace_base(self, weight: Tensor) -> WeightState:
         """Let the base hold another weight, (out, in), from now on; gives what it held, for `restore_base`."""

@@ -44,6 +44,7 @@ class Linear(LoraLayer):
         # a subclass may compute something else, and a wrapper (FSDP) may take the base's place later
         plain = type(base_layer) is nn.Linear or type(base_layer) is conv1d_class()
         self._fused_type = type(base_layer) if plain else None
+        self._fresh_type = type(base_layer) if codec.gives_fresh(base_layer) else None
         self._banks = BankKeeper()
         self.is_read = False
 
@@ -114,7 +115,7 @@ class Linear(LoraLayer):
 
     def _given_away(self, y: Tensor) -> Tensor:
         """The base's output as the ops want it: they write into what is no view, and somebody may have kept this one."""
-        kept = type(self.base_layer) is not self._fused_type or may_keep_output(self.base_layer)
+        kept = type(self.base_layer) is not self._fresh_type or may_keep_output(self.base_layer)
         if not kept:
             return y
         # inference mode does not know its views

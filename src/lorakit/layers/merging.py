@@ -6,34 +6,34 @@ Guarantees:
 - While anything is merged, the layer computes with exactly the merged adapters; while adapters are disabled,
   with exactly the base, merged or not.
 - `state_dict()` always describes the unmerged layer.
+- A quantised weight is quantised again, and what that loses is measured; or it is merged into full precision, in a
+  plain layer that takes the base's place and leaves the base as it is.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from lorakit.errors import AdapterStateError, NonFiniteError
-from lorakit.layers.follow import follow
+from lorakit.errors import AdapterStateError, UnsupportedError
+from lorakit.layers.factors import plain_linear
 from lorakit.layers.hooks import outside_autocast
+from lorakit.layers.prepared import Aside, PreparedMerge, all_finite, non_finite
+from lorakit.layers.standin import stand_in
+from lorakit.report import MergeReport
+from lorakit.weights import InFull
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torch import Tensor
+    from torch.utils.hooks import RemovableHandle
 
     from lorakit.weights import WeightCodec, WeightState
-
-
-class PreparedMerge(NamedTuple):
-    """A merge of one layer, computed and checked but not yet installed."""
-
-    layer: MergingLayer
-    names: tuple[str, ...]
-    state: WeightState
 
 
 class MergingLayer(nn.Module, ABC):
@@ -53,6 +53,10 @@ class MergingLayer(nn.Module, ABC):
         self._enabled = True
         self._original: WeightState | None = None
         self._merged_state: WeightState | None = None
+        self._aside: Aside | None = None
+        self._guards: Sequence[RemovableHandle] = ()
+        if not isinstance(base_layer, MergingLayer):
+            self._guards = codec.guard(base_layer)
         self.training = base_layer.training
         self.register_state_dict_post_hook(_describe_unmerged)  # type: ignore[no-untyped-call]
 
@@ -68,8 +72,10 @@ class MergingLayer(nn.Module, ABC):
         """Set the flag on the parameters of these adapters."""
 
     @abstractmethod
-    def _merged_into(self, state: WeightState, names: Sequence[str]) -> WeightState:
-        """A new state: `state` with the changes of these adapters."""
+    def _merged_into(
+        self, state: WeightState, names: Sequence[str], codec: WeightCodec | InFull
+    ) -> WeightState:
+        """A new state: `state` with the changes of these adapters, as `codec` merges it."""
 
     @abstractmethod
     def _refuse_merge(self, names: Sequence[str]) -> None:
@@ -93,6 +99,15 @@ class MergingLayer(nn.Module, ABC):
         """The wrapped module of the model, below any further wrappers."""
         base = self.base_layer
         return base.get_base_layer() if isinstance(base, MergingLayer) else base
+
+    def stored_base(self) -> nn.Module:
+        """The base whose weight the codec knows, also while a layer in full precision stands in for it."""
+        return self.get_base_layer() if self._aside is None else self._aside.base
+
+    def release(self) -> None:
+        """Take the layer's hooks off the base, which is about to be without the layer."""
+        for handle in self._guards:
+            handle.remove()
 
     # ---- active and enabled ---------------------------------------------------------------------------
 
@@ -136,11 +151,17 @@ class MergingLayer(nn.Module, ABC):
         """Whether any adapter is merged."""
         return bool(self.merged_adapters)
 
-    def prepare_merge(self, names: Sequence[str] | None = None) -> PreparedMerge | None:
+    def prepare_merge(
+        self, names: Sequence[str] | None = None, full: torch.dtype | None = None
+    ) -> PreparedMerge | None:
         """Compute a merge without installing it; None when there is nothing to merge here.
 
         Adapters that are already merged are passed over. The result is always computed from the original
         weight, so any sequence of merges rounds once.
+
+        Args:
+            names: default the active ones.
+            full: of a quantised base, the dtype of the layer that is to stand in for it; None quantises again.
 
         Raises:
             UnsupportedError: the base cannot be written, or an adapter has no place in it.
@@ -152,50 +173,94 @@ class MergingLayer(nn.Module, ABC):
             return None
         everything = (*self.merged_adapters, *new)
         original = self._original_state()
+        in_full = self.codec.on_grid and full is not None
+        if not self.codec.can_write and not in_full:
+            self._refuse_writing()
+        codec = InFull(self.codec, full) if self.codec.on_grid and full is not None else self.codec
         with outside_autocast(original.weight.device):
-            state = self._merged_into(original, everything)
-        tensors = [state.weight] + ([] if state.bias is None else [state.bias])
+            state = self._merged_into(original, everything, codec)
         # BLAS may treat a product with alpha = NaN as no product, so the adapters' own numbers are looked at too
-        culprits = [name for name in everything if not _all_finite(self._numbers_of(name))]
-        if culprits or not _all_finite(tensors):
-            raise _non_finite(everything, culprits)
-        return PreparedMerge(self, everything, state)
+        culprits = [name for name in everything if not all_finite(self._numbers_of(name))]
+        numbers = [] if self.codec.on_grid and not in_full else [state.weight]
+        if state.bias is not None:
+            numbers.append(state.bias)
+        if culprits or not math.isfinite(state.error) or not all_finite(numbers):
+            raise non_finite(everything, culprits)
+        return PreparedMerge(self, everything, state, self._standing_in(state) if in_full else None)
+
+    def _refuse_writing(self) -> None:
+        base = self.stored_base()
+        self.codec.read(base, torch.float32)  # says so itself where the weight cannot even be read
+        raise UnsupportedError(
+            f"cannot quantise a {self.codec.name} weight again ({type(base).__name__}); merge with dequantize=True, "
+            "which leaves the layer in full precision, or keep the adapter unmerged"
+        )
+
+    def _standing_in(self, state: WeightState) -> nn.Module:
+        plain = plain_linear(state.weight, state.bias)
+        plain.requires_grad_(requires_grad=False)
+        plain.training = self.training
+        return plain
 
     def prepare_alike(self, done: PreparedMerge) -> PreparedMerge:
         """The same merge for a layer whose weight and changes are those of the layer of `done` (tied ones)."""
         return PreparedMerge(self, done.names, self._original_state()._replace(weight=done.state.weight))
 
-    def check_merge(self, names: Sequence[str] | None = None) -> None:
-        """Everything that `prepare_merge` refuses, without keeping a result: at most one layer's memory."""
+    def check_merge(
+        self, names: Sequence[str] | None = None, full: torch.dtype | None = None
+    ) -> float | None:
+        """Everything that `prepare_merge` refuses, without keeping a result: at most one layer's memory.
+
+        Returns:
+            `PreparedMerge.error`.
+        """
         new = self.mergeable(names)
         everything = (*self.merged_adapters, *new)
-        if new and not self._is_surely_finite(self._original_state(), everything):
-            self.prepare_merge(names)  # the bound proves nothing: compute it, and raise if it is so
+        if not new or (not self.codec.on_grid and self._is_surely_finite(self._original_state(), everything)):
+            return None
+        prepared = self.prepare_merge(
+            names, full
+        )  # the bound proves nothing: compute it, and raise if it is so
+        return None if prepared is None else prepared.error
 
     def commit_merge(self, prepared: PreparedMerge) -> None:
         """Install a prepared merge, keeping the original parameters for `unmerge`."""
-        self._original = self._original_state()
+        original = self._original_state()
+        self._put_original()
+        self._original = original
         self._merged_state = prepared.state
+        self._aside = None if prepared.plain is None else Aside(self.get_base_layer(), prepared.plain)
         self.merged_adapters[:] = prepared.names
         self._install()
 
     def commit_merge_for_good(self, prepared: PreparedMerge) -> None:
         """Install a prepared merge and let the original parameters go: there is no unmerge."""
-        self.codec.swap(self.get_base_layer(), prepared.state)
+        self._put_original()
+        if prepared.plain is None:
+            self.codec.swap(self.get_base_layer(), prepared.state)
+        else:
+            self.base_layer = prepared.plain
         self._original = self._merged_state = None
         self.merged_adapters[:] = prepared.names
         self._install()
 
-    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:  # noqa: ARG002 - the signature users know
+    def merge(
+        self,
+        safe_merge: bool = False,  # noqa: ARG002 - the signature users know
+        adapter_names: Sequence[str] | None = None,
+    ) -> None:
         """Add the changes of these adapters (default: the active ones) to the base weight.
 
         Results are always checked to be finite before anything is written, so `safe_merge` changes nothing.
 
         Raises:
-            As `prepare_merge`.
+            LossyMergeError: the base is quantised, and quantising it again would lose too much.
+            UnsupportedError, NonFiniteError, AdapterStateError: as `prepare_merge`.
         """
         prepared = self.prepare_merge(adapter_names)
         if prepared is not None:
+            if prepared.error is not None:
+                MergeReport({"": prepared.error}).check()
             self.commit_merge(prepared)
 
     def unmerge(self) -> None:
@@ -208,7 +273,7 @@ class MergingLayer(nn.Module, ABC):
             return
         if self._original is None:
             raise AdapterStateError(_FOR_GOOD)
-        self._put(self._original)
+        self._put_original()
         self._original = self._merged_state = None
         self.merged_adapters.clear()
         self._install()
@@ -235,26 +300,32 @@ class MergingLayer(nn.Module, ABC):
 
     def _install(self) -> None:
         """Make the base hold what the present state says it should, and prepare the route."""
-        if self._original is not None and self._merged_state is not None:
+        if self._aside is not None:
+            self.base_layer = self._aside.plain if self._enabled else self._aside.base
+        elif self._original is not None and self._merged_state is not None:
             self._put(self._merged_state if self._enabled else self._original)
         self._reroute()
 
     def _put(self, state: WeightState) -> None:
         """Install a state that was kept aside."""
-        self.codec.swap(self.get_base_layer(), self._moved(state))
+        base = self.get_base_layer()
+        self.codec.swap(base, self.codec.moved(base, state))
+
+    def _put_original(self) -> None:
+        """Let the base be as it was before any merge."""
+        if self._aside is not None:
+            device = next(self._aside.plain.parameters()).device
+            if device.type != "meta" and self._original_state().weight.device != device:
+                self._aside.base.to(device)  # the model was moved while it was merged
+            self.base_layer, self._aside = self._aside.base, None
+        elif self._original is not None:
+            self._put(self._original)
 
     def _original_state(self) -> WeightState:
-        if self._original is None:
-            return self.codec.state(self.get_base_layer())
-        return self._moved(self._original)
-
-    def _moved(self, state: WeightState) -> WeightState:
-        """A state that was kept aside, brought to where the model was moved meanwhile."""
-        acting = self.codec.state(self.get_base_layer())
-        follow(state.weight, acting.weight)
-        if state.bias is not None and acting.bias is not None:
-            follow(state.bias, acting.bias)
-        return state
+        base = self.stored_base()
+        if self._original is None or self._aside is not None:
+            return self.codec.state(base)
+        return self.codec.moved(base, self._original)
 
     # ---- as a module ----------------------------------------------------------------------------------
 
@@ -272,6 +343,18 @@ class MergingLayer(nn.Module, ABC):
             if value is not None
         }
 
+    def describe_original(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Let a state dict hold what the quantised base of a merged layer held before, under its own names."""
+        if self._original is None:
+            return
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            del state_dict[name]
+        base = self.stored_base()
+        if self._aside is None:
+            base = stand_in(base, {})
+            self.codec.swap(base, self._original)
+        base.state_dict(destination=state_dict, prefix=prefix)
+
     def _load_from_state_dict(self, *args: Any) -> None:
         if self.merged_adapters:
             raise AdapterStateError("this layer is merged; call unmerge_adapter() before load_state_dict()")
@@ -287,23 +370,12 @@ _FOR_GOOD = (
 )
 
 
-def _all_finite(tensors: Sequence[Tensor]) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
-
-
-def _non_finite(names: Sequence[str], culprits: Sequence[str]) -> NonFiniteError:
-    what = f"adapter {culprits} holds NaN or infinity" if culprits else "the sum overflows the base's dtype"
-    return NonFiniteError(f"merging {list(names)} would give NaN or infinity: {what}; nothing was changed")
-
-
 def _describe_unmerged(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
     """Show the original parameters of a merged layer: its file must not hold the delta twice."""
     assert isinstance(module, MergingLayer)
+    if module.codec.on_grid:
+        module.describe_original(state_dict, prefix + "base_layer.")
+        return
     for name, parameter in module.unmerged_parameters().items():
         if prefix + name in state_dict:
             state_dict[prefix + name] = parameter.detach()
-
-
-def as_tensor(value: float | Tensor) -> Tensor:
-    """A scaling as a tensor, so that it can be checked with the tensors of its adapter."""
-    return value if isinstance(value, torch.Tensor) else torch.tensor(value)

@@ -10,6 +10,7 @@ from lorakit.layers.conv import Conv
 from lorakit.layers.embedding import Embedding
 from lorakit.layers.linear import Linear
 from lorakit.layers.parameter import ParamWrapper
+from lorakit.weights import is_quantised_linear
 from lorakit.weights.dense import CONVOLUTIONS, is_conv1d
 
 if TYPE_CHECKING:
@@ -39,8 +40,13 @@ class LayerKind(NamedTuple):
     has_bias: bool = True
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """A linear layer, also a quantised one that does not come from torch's."""
+    return isinstance(module, nn.Linear) or is_quantised_linear(module)
+
+
 LAYER_KINDS: tuple[LayerKind, ...] = (
-    LayerKind("linear", lambda module: isinstance(module, nn.Linear), Linear, is_linear=True),
+    LayerKind("linear", _is_linear, Linear, is_linear=True),
     LayerKind("conv1d", is_conv1d, Linear, is_linear=True),
     LayerKind("embedding", lambda module: isinstance(module, nn.Embedding), Embedding, has_bias=False),
     LayerKind("conv", lambda module: isinstance(module, CONVOLUTIONS), Conv),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, final
 from torch import nn
 
 from lorakit.errors import AdapterStateError
-from lorakit.layers.follow import follow
+from lorakit.weights.follow import follow
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence

@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 
     from lorakit.ops.terms import Term
 
-# Nodes of torch and bitsandbytes that return a new tensor and do not keep it for their backward.
-_FRESH = frozenset({"AddmmBackward0", "MmBackward0", "UnsafeViewBackward0", "MatMul4Bit", "MatMul8bitLt"})
+# Nodes of torch, bitsandbytes and ours that return a new tensor and do not keep it for their backward.
+_FRESH = frozenset(
+    {
+        "AddmmBackward0", "MmBackward0", "UnsafeViewBackward0", "MatMul4Bit", "MatMul8bitLt", "_LoraLinear", "Rescale",
+    }
+)  # fmt: skip
 
 
 class _Part(NamedTuple):
@@ -101,7 +105,7 @@ def lora_linear(
         x: (..., in).
         W: (out, in), or (in, out) when `transposed`; the dtype of x, unless inside autocast.
         b: (out,) or None.
-        terms: the active adapters.
+        terms: the active adapters; none gives the base's output.
         transposed: whether W is stored (in, out), as transformers' Conv1D does.
 
     Returns:
@@ -112,9 +116,11 @@ def lora_linear(
 
     Source: Hu et al., 2021, arXiv:2106.09685.
     """
-    if not terms or must_compose(x, terms) or not _is_frozen_base(x, W, b):
+    if must_compose(x, terms) or not _is_frozen_base(x, W, b):
         return lora_add(linear(x, W.t() if transposed else W, b), x, terms)
     call = _call(x, terms, transposed=transposed)
+    if not terms and call.products == call.result:
+        return linear(x, W.t() if transposed else W, b)
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return _base_and_terms(x, W, b, call, _flat(terms))

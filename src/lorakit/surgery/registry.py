@@ -12,12 +12,15 @@ from lorakit.errors import AdapterNameError, AdapterStateError, UnsupportedError
 from lorakit.layers import Owner, ParamWrapper
 from lorakit.layers.slot import single_owner
 from lorakit.layers.tied import merged_with
+from lorakit.report import MergeReport
 from lorakit.surgery.naming import Names
 from lorakit.surgery.paths import joined
+from lorakit.weights.dense import is_dense
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import torch
     from torch import Tensor, nn
 
     from lorakit.config import LoraConfig
@@ -56,6 +59,7 @@ class AdapterRegistry:
         owner: stands for the model in what a call chooses for itself.
         replication: the deeper list of layers that the adapters are for, or None.
         checkpointing: modules that may run their layers again in backward, once somebody asked; else None.
+        merge_report: what the last merge lost by quantising again; None before the first.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -72,6 +76,7 @@ class AdapterRegistry:
         self.owner = Owner()
         self.replication: Replication | None = None
         self.checkpointing: list[nn.Module] | None = None
+        self.merge_report: MergeReport | None = None
 
     # ---- names --------------------------------------------------------------------------------------
 
@@ -152,36 +157,70 @@ class AdapterRegistry:
 
     # ---- merging ------------------------------------------------------------------------------------
 
-    def merge(self, names: Sequence[str] | None = None) -> None:
+    def merge(
+        self, names: Sequence[str] | None = None, *, force: bool = False, dequantize: bool = False
+    ) -> MergeReport:
         """Merge adapters (default: the active ones) in every layer, or in none.
 
+        Args:
+            names: of the adapters.
+            force: accept whatever quantising again loses.
+            dequantize: leave quantised layers in full precision instead.
+
+        Returns:
+            What quantising again lost; also kept as `merge_report`.
+
         Raises:
+            LossyMergeError: a quantised layer would lose too much; nothing was changed.
             AdapterNameError, AdapterStateError, UnsupportedError, NonFiniteError: with the module path; nothing was
                 changed.
         """
         names = self.mergeable(names)
         self.check_can_merge(names)
         prepared: dict[MergingLayer, PreparedMerge] = {}
+        errors: dict[str, float] = {}
         for path, layer in self.in_merge_order():
             with at_path(path):
-                found = self.prepare(layer, names, prepared)
+                found = self.prepare(layer, names, prepared, self.full_dtype(layer) if dequantize else None)
             if found is not None:
                 prepared[layer] = found
+                if found.error is not None:
+                    errors[path] = found.error
+        report = MergeReport(errors)
+        if not force:
+            report.check()
         for merge in prepared.values():
             merge.layer.commit_merge(merge)
+        self.merge_report = report
+        return report
+
+    def full_dtype(self, layer: LoraLayer) -> torch.dtype:
+        """The dtype for a layer that is to stand in for a quantised one.
+
+        That of the base's first floating-point parameter, by which what the layer is called with goes: transformers
+        calls it the model's. Where no such is left, that of the numbers that the layer's own weight stands for.
+        """
+        for name, parameter in self.model.named_parameters():
+            if name in self.flags and is_dense(parameter):
+                return parameter.dtype
+        return layer.codec.dtype(layer.stored_base())
 
     def in_merge_order(self) -> list[tuple[str, LoraLayer]]:
         """The layers by path, those that take their tensors from another one after it."""
         return sorted(self.layers.items(), key=lambda item: item[1].is_tied)
 
     def prepare(
-        self, layer: LoraLayer, names: Sequence[str], prepared: dict[MergingLayer, PreparedMerge]
+        self,
+        layer: LoraLayer,
+        names: Sequence[str],
+        prepared: dict[MergingLayer, PreparedMerge],
+        full: torch.dtype | None = None,
     ) -> PreparedMerge | None:
         """A merge of one layer; that of a tied one whose weight and changes are another's is the other's."""
         source = merged_with(layer, [*self.merged, *names])
         done = None if source is None else prepared.get(source)
         if done is None:
-            return layer.prepare_merge(names)
+            return layer.prepare_merge(names, full)
         return layer.prepare_alike(done) if layer.mergeable(names) else None
 
     def check_can_merge(self, names: Sequence[str]) -> None:
@@ -309,6 +348,7 @@ class AdapterRegistry:
     def unwrap(self, path: str) -> None:
         """Take a layer off: what it wraps, be it another wrapper of the same module, takes its place."""
         places = self.places.pop(path, ())
+        self.layers[path].release()
         inner = self.layers[path].base_layer
         self.put(places, inner)
         if isinstance(inner, ParamWrapper):

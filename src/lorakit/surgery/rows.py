@@ -26,6 +26,8 @@ from lorakit.weights import find_codec
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    import torch
+
     from lorakit.config import LoraConfig, Matcher
     from lorakit.layers import LayerKind
     from lorakit.layouts import Layout
@@ -311,22 +313,16 @@ def _why_not(node: Node) -> str:
             "nn.Embedding, nn.Conv1d/2d/3d, nn.MultiheadAttention and known quantised linear layers, and bare parameters "
             "by target_parameters"
         )
-    if not node.kind.is_linear and any(may_read(place.owner, place.attribute) for place in node.places):
+    codec = find_codec(module)
+    apart = not node.kind.is_linear or (codec is not None and codec.on_grid)  # a stand-in has no place for the adapter
+    if apart and any(may_read(place.owner, place.attribute) for place in node.places):
         return (
             f"{type(node.places[0].owner).__name__} reads this layer's weight without calling it, so an adapter would "
             "not act; leave it out with exclude_modules"
         )
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "this embedding rescales its own weight (max_norm) whenever it is called; it cannot carry an adapter"
-    codec = find_codec(module)
-    if codec is None:
-        return _stored(module)
-    if codec.on_grid and any(may_read(place.owner, place.attribute) for place in node.places):
-        return (
-            f"{type(node.places[0].owner).__name__} reads this layer's weight without calling it, and the weight is "
-            "quantised; leave it out with exclude_modules"
-        )
-    return ""
+    return _stored(module) if codec is None else ""
 
 
 def _taken(node: Node) -> str:

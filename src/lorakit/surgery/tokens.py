@@ -172,7 +172,8 @@ def _problem(node: Node, indices: tuple[int, ...]) -> str:
     module = node.module
     if not isinstance(module, (nn.Embedding, nn.Linear)) or is_read_by_parent(module):
         return f"{type(module).__name__} has no rows of tokens; name an embedding or a linear head"
-    if find_codec(module) is None:
+    codec = find_codec(module)
+    if codec is None or codec.on_grid:
         return "its weight is not a plain matrix of floating-point numbers"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "the embedding rescales its rows (max_norm) whenever it is called"

@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING
 
 from lorakit.errors import at_path
 from lorakit.layers.tied import merged_with
+from lorakit.report import MergeReport
 from lorakit.surgery.attach import thaw
 from lorakit.surgery.choice import drop_checkpoints
 from lorakit.surgery.registry import set_registry
 from lorakit.surgery.ties import settle_ties
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    import torch
     from torch import nn
 
     from lorakit.layers import LoraLayer, MergingLayer, PreparedMerge
@@ -35,7 +37,12 @@ def unload(registry: AdapterRegistry) -> nn.Module:
 
 
 def merge_and_unload(
-    registry: AdapterRegistry, names: Sequence[str] | None = None, *, progress: Progress = iter
+    registry: AdapterRegistry,
+    names: Sequence[str] | None = None,
+    *,
+    progress: Progress = iter,
+    force: bool = False,
+    dequantize: bool = False,
 ) -> nn.Module:
     """Merge adapters (default: the active ones) for good and give the plain model back.
 
@@ -43,7 +50,15 @@ def merge_and_unload(
     layer's weight is held twice. Interrupted in between, the model computes the same and the call can be
     repeated.
 
+    Args:
+        registry: of the model.
+        names: of the adapters.
+        progress: wraps the layers that are gone through.
+        force: accept whatever quantising again loses.
+        dequantize: leave quantised layers in full precision instead.
+
     Raises:
+        LossyMergeError: a quantised layer would lose too much; nothing was changed.
         AdapterNameError, AdapterStateError, UnsupportedError, NonFiniteError: nothing was changed.
     """
     registry.check_known(list(names or ()))
@@ -51,23 +66,46 @@ def merge_and_unload(
     registry.check_owners(wanted)
     registry.check_can_merge(wanted)
     order = registry.in_merge_order()
-    for path, layer in order:
-        with at_path(path):
-            layer.check_merge(wanted)
+    full = {layer: registry.full_dtype(layer) for _, layer in order if dequantize}
+    registry.merge_report = _check(order, wanted, full, force=force)
     if not registry.enabled:
         registry.set_enabled(enabled=True)
     for wrapper in registry.saved.values():
         wrapper.set_adapter(wanted, inference_mode=True)
     for slot in registry.slots.values():  # before the merge: it adds lora_B's bias to the adapter's own
         slot.set_adapter(wanted, inference_mode=True)
-    _merge_for_good(registry, order, wanted, progress)
+    _merge_for_good(registry, order, wanted, full, progress)
     model = _take_off(registry, {path: wrapper.active_module for path, wrapper in registry.saved.items()})
     settle_ties(model, registry.shared)
     return model
 
 
+def _check(
+    order: list[tuple[str, LoraLayer]],
+    names: list[str],
+    full: Mapping[LoraLayer, torch.dtype],
+    *,
+    force: bool,
+) -> MergeReport:
+    """Everything that merging would refuse."""
+    errors: dict[str, float] = {}
+    for path, layer in order:
+        with at_path(path):
+            lost = layer.check_merge(names, full.get(layer))
+        if lost is not None:
+            errors[path] = lost
+    report = MergeReport(errors)
+    if not force:
+        report.check()
+    return report
+
+
 def _merge_for_good(
-    registry: AdapterRegistry, order: list[tuple[str, LoraLayer]], names: list[str], progress: Progress
+    registry: AdapterRegistry,
+    order: list[tuple[str, LoraLayer]],
+    names: list[str],
+    full: Mapping[LoraLayer, torch.dtype],
+    progress: Progress,
 ) -> None:
     # which layers share a weight has to be known before the first of them gets another
     everything = [*registry.merged, *names]
@@ -78,7 +116,7 @@ def _merge_for_good(
         done = None if source is None else kept.get(source)
         with at_path(path):
             if done is None:
-                prepared = layer.prepare_merge(names)
+                prepared = layer.prepare_merge(names, full.get(layer))
             else:
                 prepared = layer.prepare_alike(done) if layer.mergeable(names) else None
         if prepared is not None:

@@ -2,6 +2,15 @@
 
 from lorakit.weights.codec import WeightCodec, WeightState
 from lorakit.weights.parameter import ParameterCodec
-from lorakit.weights.registry import CODECS, find_codec
+from lorakit.weights.quantised import InFull
+from lorakit.weights.registry import CODECS, find_codec, is_quantised_linear
 
-__all__ = ["CODECS", "ParameterCodec", "WeightCodec", "WeightState", "find_codec"]
+__all__ = [
+    "CODECS",
+    "InFull",
+    "ParameterCodec",
+    "WeightCodec",
+    "WeightState",
+    "find_codec",
+    "is_quantised_linear",
+]

@@ -7,13 +7,14 @@ untouched, so that putting them back restores the very bits.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
     from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
 
     from lorakit.layouts import Layout
     from lorakit.types import Factors
@@ -26,6 +27,10 @@ class WeightState(NamedTuple):
     bias: nn.Parameter | None = None
     groups: int | None = None
     """Of a convolution, whose merged weight may need to be ungrouped; None elsewhere."""
+    more: Any = None
+    """What else a quantised base keeps of its weight, as its codec alone knows it."""
+    error: float = 0.0
+    """Of a merged state on a grid: what rounding to the grid took from the change, relative to the change."""
 
 
 class WeightCodec(Protocol):
@@ -43,11 +48,30 @@ class WeightCodec(Protocol):
     def can_write(self) -> bool:
         """Whether `encode`, `merged` and `swap` work; otherwise the base serves training and inference only."""
 
+    @property
+    def on_grid(self) -> bool:
+        """Whether the weight is quantised, so that what is written is rounded to a grid of its own.
+
+        The state's `weight` is then no floating-point array that others could compute with.
+        """
+
     def owns(self, base: nn.Module) -> bool:
         """Whether this codec is the one for `base`."""
 
     def layout(self, base: nn.Module) -> Layout:
         """The shapes of the weight and of factors for it, and whether it is stored (in, out)."""
+
+    def dtype(self, base: nn.Module) -> torch.dtype:
+        """The floating dtype of the numbers that the weight stands for."""
+
+    def gives_fresh(self, base: nn.Module) -> bool:
+        """Whether calling `base` returns a tensor that nobody keeps, neither `base` nor the gradient of the call."""
+
+    def guard(self, base: nn.Module) -> Sequence[RemovableHandle]:
+        """Hang hooks on a base whose own forward rewrites its weight, so that it can be read and differentiated after.
+
+        They stay while the base carries adapters; most bases need none.
+        """
 
     def read(self, base: nn.Module, dtype: torch.dtype, state: WeightState | None = None) -> Tensor:
         """The weight as a fresh tensor of `dtype`: (out, in), of experts (experts, out, in).
@@ -77,3 +101,6 @@ class WeightCodec(Protocol):
 
     def swap(self, base: nn.Module, state: WeightState) -> WeightState:
         """Install `state` and return the one that was there."""
+
+    def moved(self, base: nn.Module, state: WeightState) -> WeightState:
+        """A state that was kept aside, brought to where `base` was moved meanwhile; itself where it was not."""

@@ -11,11 +11,13 @@ from torch import nn
 from lorakit.layouts import Layout, matrix_layout
 from lorakit.ops import merge_delta
 from lorakit.weights.codec import WeightState
+from lorakit.weights.follow import follow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+    from torch.utils.hooks import RemovableHandle
 
     from lorakit.types import Factors
 
@@ -46,6 +48,7 @@ class DenseCodec:
     name = "dense"
     names = ("weight", "bias")
     can_write = True
+    on_grid = False
 
     def owns(self, base: nn.Module) -> bool:
         """A module of one of the known types, with a plain floating-point weight."""
@@ -62,6 +65,18 @@ class DenseCodec:
         if is_conv1d(base) or isinstance(base, nn.Embedding):
             return matrix_layout(columns, rows, transposed=True)
         return matrix_layout(rows, columns)
+
+    def dtype(self, base: nn.Module) -> torch.dtype:
+        """Of the array."""
+        return self._weight(base).dtype
+
+    def gives_fresh(self, base: nn.Module) -> bool:
+        """Torch's own linear layer does, and transformers' `Conv1D`; a subclass may do anything."""
+        return type(base) is nn.Linear or type(base) is conv1d_class()
+
+    def guard(self, base: nn.Module) -> Sequence[RemovableHandle]:  # noqa: ARG002
+        """None is needed."""
+        return ()
 
     def read(self, base: nn.Module, dtype: torch.dtype, state: WeightState | None = None) -> Tensor:
         """A fresh (out, in) copy."""
@@ -105,6 +120,14 @@ class DenseCodec:
         if state.groups is not None:
             base.groups = state.groups  # type: ignore[assignment]  # an attribute of convolutions
         return old
+
+    def moved(self, base: nn.Module, state: WeightState) -> WeightState:
+        """The same parameters, on the device and in the dtype of `base`."""
+        acting = self.state(base)
+        follow(state.weight, acting.weight)
+        if state.bias is not None and acting.bias is not None:
+            follow(state.bias, acting.bias)
+        return state
 
     @staticmethod
     def _weight(base: nn.Module) -> nn.Parameter:

@@ -10,12 +10,14 @@ from torch import nn
 from lorakit.layouts import Layout, matrix_layout
 from lorakit.weights.codec import WeightState
 from lorakit.weights.dense import add_blocks, is_dense
+from lorakit.weights.follow import follow
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
     from torch import Tensor
+    from torch.utils.hooks import RemovableHandle
 
     from lorakit.types import Factors
 
@@ -35,6 +37,7 @@ class ParameterCodec:
     attribute: str
     name = "dense"
     can_write = True
+    on_grid = False
 
     @property
     def names(self) -> tuple[str, str]:
@@ -55,6 +58,18 @@ class ParameterCodec:
         if getattr(base, "is_transposed", False):
             return Layout(columns, (rows,), experts=experts, transposed=True)
         return Layout(rows, (columns,), experts=experts)
+
+    def dtype(self, base: nn.Module) -> torch.dtype:
+        """Of the parameter."""
+        return self._weight(base).dtype
+
+    def gives_fresh(self, base: nn.Module) -> bool:  # noqa: ARG002
+        """Not known: the module computes as it likes."""
+        return False
+
+    def guard(self, base: nn.Module) -> Sequence[RemovableHandle]:  # noqa: ARG002
+        """None is needed."""
+        return ()
 
     def read(self, base: nn.Module, dtype: torch.dtype, state: WeightState | None = None) -> Tensor:
         """A fresh copy, (out, in) or (experts, out, in)."""
@@ -86,6 +101,11 @@ class ParameterCodec:
         old = self.state(base)
         setattr(base, self.attribute, state.weight)
         return old
+
+    def moved(self, base: nn.Module, state: WeightState) -> WeightState:
+        """The same parameter, on the device and in the dtype of the one in its place."""
+        follow(state.weight, self._weight(base))
+        return state
 
     def _weight(self, base: nn.Module) -> nn.Parameter:
         weight = base._parameters[self.attribute]

@@ -4,18 +4,36 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lorakit.weights.bitsandbytes4 import Bitsandbytes4Codec
+from lorakit.weights.bitsandbytes8 import Bitsandbytes8Codec
 from lorakit.weights.dense import DenseCodec
+from lorakit.weights.hqq import HqqCodec, is_hqq
+from lorakit.weights.opaque import OpaqueCodec, backend_of
 from lorakit.weights.parameter import ParameterCodec
+from lorakit.weights.torchao import TorchaoCodec
 
 if TYPE_CHECKING:
     from torch import nn
 
     from lorakit.weights.codec import WeightCodec
 
-CODECS: tuple[WeightCodec, ...] = (DenseCodec(),)
+CODECS: tuple[WeightCodec, ...] = (
+    OpaqueCodec(),  # some of its layers hold numbers that they do not multiply
+    DenseCodec(),
+    Bitsandbytes4Codec(),
+    Bitsandbytes8Codec(),
+    TorchaoCodec(),
+    TorchaoCodec(can_write=False),
+    HqqCodec(),
+)
 
 
 def find_codec(base: nn.Module, parameter: str | None = None) -> WeightCodec | None:
     """The codec for `base`, or for its parameter of a given name; None when no codec knows how it is stored."""
     codecs = CODECS if parameter is None else (ParameterCodec(parameter),)
     return next((codec for codec in codecs if codec.owns(base)), None)
+
+
+def is_quantised_linear(module: nn.Module) -> bool:
+    """Whether a module multiplies by a quantised matrix though it is no `nn.Linear`."""
+    return is_hqq(module) or backend_of(module) is not None
