@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorakit.api import get_peft_model, inject_adapter_in_model, plan
+    from lorakit.arrow import create_arrow_model
     from lorakit.auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     )
     from lorakit.calibration import get_eva_state_dict, initialize_lora_eva_weights
     from lorakit.config import (
+        ArrowConfig,
         BdLoraConfig,
         CordaConfig,
         EvaConfig,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
         MontecloraConfig,
         PeftType,
         TaskType,
+        VeloraConfig,
     )
     from lorakit.configs import LoraConfig, PeftConfig
     from lorakit.errors import (
@@ -81,7 +84,9 @@ _HOMES = {
         "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification",
     ),
+    "arrow": ("create_arrow_model",),
     "config": (
+        "ArrowConfig",
         "BdLoraConfig",
         "CordaConfig",
         "EvaConfig",
@@ -92,6 +97,7 @@ _HOMES = {
         "MontecloraConfig",
         "PeftType",
         "TaskType",
+        "VeloraConfig",
     ),
     "calibration": ("get_eva_state_dict", "initialize_lora_eva_weights"),
     "configs": ("LoraConfig", "PeftConfig"),

@@ -9,6 +9,7 @@ from lorakit.config.lora import LoraConfig
 from lorakit.config.matching import Matcher, ends_in
 from lorakit.config.names import PeftType, TaskType, check_adapter_name
 from lorakit.config.options import (
+    ArrowConfig,
     BdLoraConfig,
     CordaConfig,
     EvaConfig,
@@ -17,6 +18,7 @@ from lorakit.config.options import (
     LoraGAConfig,
     LoraRuntimeConfig,
     MontecloraConfig,
+    VeloraConfig,
 )
 from lorakit.config.suggest import NearNames
 from lorakit.config.support import NOT_YET, check_supported
@@ -27,6 +29,7 @@ __all__ = [
     "REQUIRED_KEYS",
     "SEQ_CLS_HEADS",
     "TARGET_MODULES",
+    "ArrowConfig",
     "BdLoraConfig",
     "CordaConfig",
     "EvaConfig",
@@ -42,6 +45,7 @@ __all__ = [
     "PeftType",
     "Resolver",
     "TaskType",
+    "VeloraConfig",
     "check_adapter_name",
     "check_supported",
     "combined_config",

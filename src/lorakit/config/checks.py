@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 from lorakit.config import patterns
 from lorakit.config.names import PeftType, TaskType
 from lorakit.config.options import (
+    ArrowConfig,
     BdLoraConfig,
     CordaConfig,
     EvaConfig,
@@ -23,6 +24,7 @@ from lorakit.config.options import (
     LoraGAConfig,
     LoraRuntimeConfig,
     MontecloraConfig,
+    VeloraConfig,
 )
 
 Check: TypeAlias = Callable[[str, object], Iterator[str]]
@@ -304,7 +306,16 @@ LORA: Mapping[str, Check] = {
         )
     ),
     "use_dora": flag,
-    "velora_config": optional(json_dict),
+    "velora_config": optional(
+        group(
+            VeloraConfig,
+            {
+                "num_groups": rank,
+                "scale": positive,
+                "init_type": one_of("batch_average", "batch_average_once", "random"),
+            },
+        )
+    ),
     "alora_invocation_tokens": optional(items(index, "a list of token ids")),
     "use_qalora": flag,
     "qalora_group_size": rank,
@@ -339,7 +350,19 @@ LORA: Mapping[str, Check] = {
             },
         )
     ),
-    "arrow_config": optional(json_dict),
+    "arrow_config": optional(
+        group(
+            ArrowConfig,
+            {
+                "top_k": rank,
+                "router_temperature": positive,
+                "use_gks": flag,
+                "task_adapter_names": optional(name_list),
+                "gks_adapter_names": optional(name_list),
+                "rng_seed": optional(a("an int", is_int)),
+            },
+        )
+    ),
     "kasa_config": optional(group(KasaConfig, {"beta": amount, "gamma": amount})),
     "ensure_weight_tying": flag,
 }

@@ -14,6 +14,7 @@ from lorakit.config import checks
 from lorakit.config.base import PeftConfig, register_config
 from lorakit.config.names import PeftType
 from lorakit.config.options import (
+    ArrowConfig,
     BdLoraConfig,
     CordaConfig,
     EvaConfig,
@@ -22,6 +23,7 @@ from lorakit.config.options import (
     LoraGAConfig,
     LoraRuntimeConfig,
     MontecloraConfig,
+    VeloraConfig,
 )
 from lorakit.config.rules import LORA_RULES
 
@@ -136,7 +138,7 @@ class LoraConfig(PeftConfig):
     corda_config: CordaConfig | None = None
     lora_ga_config: LoraGAConfig | None = None
     use_dora: bool = False
-    velora_config: dict[str, Any] | None = None
+    velora_config: VeloraConfig | None = None
     alora_invocation_tokens: list[int] | None = None
     use_qalora: bool = False
     qalora_group_size: int = 16
@@ -146,7 +148,7 @@ class LoraConfig(PeftConfig):
     lora_bias: bool = False
     target_parameters: list[str] | None = None
     use_bdlora: BdLoraConfig | None = None
-    arrow_config: dict[str, Any] | None = None
+    arrow_config: ArrowConfig | None = None
     kasa_config: KasaConfig | None = None
     ensure_weight_tying: bool = False
 
@@ -168,12 +170,14 @@ class LoraConfig(PeftConfig):
         "eva_config": _as_group(EvaConfig),
         "corda_config": _as_group(CordaConfig),
         "lora_ga_config": _as_group(LoraGAConfig),
+        "velora_config": _as_group(VeloraConfig),
         "alora_invocation_tokens": _as_list,
         "monteclora_config": _as_group(MontecloraConfig),
         "layer_replication": _as_pairs,
         "runtime_config": _as_group(LoraRuntimeConfig),
         "target_parameters": _as_list,
         "use_bdlora": _as_group(BdLoraConfig),
+        "arrow_config": _as_group(ArrowConfig),
         "kasa_config": _as_group(KasaConfig),
     }
     _NOT_SAVED: ClassVar[frozenset[str]] = frozenset({"extra", "runtime_config"})

@@ -131,6 +131,43 @@ class MontecloraConfig:
 
 
 @dataclass
+class VeloraConfig:
+    """VeLoRA, a projection of the input in place of the input in backward (Miles et al., 2024, arXiv:2405.17991).
+
+    Attributes:
+        num_groups: groups that the input's features are split into; one number is kept for each. At least 1.
+        scale: factor on the projected input; positive.
+        init_type: what is projected on: the mean group of each step's input ("batch_average"), of the first step's
+            ("batch_average_once"), or a random direction ("random").
+    """
+
+    num_groups: int = 64
+    scale: float = 1.0
+    init_type: str = "batch_average"
+
+
+@dataclass
+class ArrowConfig:
+    """Arrow, which routes each token to the adapters that fit it (Ostapenko et al., 2024, arXiv:2405.11157).
+
+    Attributes:
+        top_k: how many adapters act on a token; at least 1.
+        router_temperature: of the softmax over their similarities to the token; positive.
+        use_gks: take the mean of the general adapters off the others (GenKnowSub, arXiv:2505.10939).
+        task_adapter_names: the adapters that `create_arrow_model` loaded to choose from.
+        gks_adapter_names: the general adapters that it loaded.
+        rng_seed: accepted; it has no effect, since nothing is drawn.
+    """
+
+    top_k: int = 3
+    router_temperature: float = 1.0
+    use_gks: bool = False
+    task_adapter_names: list[str] | None = None
+    gks_adapter_names: list[str] | None = None
+    rng_seed: int | None = None
+
+
+@dataclass
 class LoraRuntimeConfig:
     """Settings of the run, which are never written to a file.
 

@@ -28,8 +28,6 @@ NOT_YET: dict[str, str] = {
     "corda_config": _OTHER_INIT,
     "lora_ga_config": _OTHER_INIT,
     "use_dora": "DoRA is not available; train plain LoRA with use_dora=False",
-    "velora_config": "VeLoRA is not available; leave it None",
-    "arrow_config": "Arrow routing is not available; leave it None",
     "megatron_config": "Megatron layers are not available; leave it None",
     "runtime_config": "ephemeral GPU offload is not available; leave ephemeral_gpu_offload False",
 }

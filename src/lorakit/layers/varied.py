@@ -153,6 +153,12 @@ def total_rows(rows: Sequence[Tensor | None]) -> Tensor | None:
 # ---- forward --------------------------------------------------------------------------------------------
 
 
+def plain_on(layer: HoldingLayer) -> tuple[str, ...]:
+    """The adapters on a layer that are plain LoRA and take nothing off the base."""
+    apart = layer.lora_offset if layer.lora_offset is not None else ()
+    return tuple([name for name in layer.r if name not in layer.variants and name not in apart])
+
+
 def parted(layer: HoldingLayer, names: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The adapters with factors among some: those that add the plain product, and those with a variant of their own."""
     variants = layer.variants
@@ -207,6 +213,7 @@ def add_variants(
             stored=layer.original_weight,
             kept=layer.kept.setdefault(name, {}),
             peer=partial(held_by, layer),
+            peers=partial(plain_on, layer),
             chosen=carried_by(layer.owner, name),
         )
         y = layer.variants[name].forward(y, call)

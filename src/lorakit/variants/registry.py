@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorakit.errors import UnsupportedError
-from lorakit.variants import alora, bdlora, kasa, monteclora, qalora
+from lorakit.variants import alora, arrow, bdlora, kasa, monteclora, qalora, velora
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 VARIANTS: tuple[Callable[[LoraConfig], Variant | None], ...] = (
     alora.from_config,
+    arrow.from_config,
+    velora.from_config,
     kasa.from_config,
     bdlora.from_config,
     qalora.from_config,
