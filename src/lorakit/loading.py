@@ -198,7 +198,7 @@ def put_in_place(model: nn.Module, plan: Plan, name: str, tensors: Mapping[str, 
         if layer.lora_offset is not None and name in layer.lora_offset
     }
     former = {file_name: tensor.detach() for file_name, tensor in own.items()}
-    former_plan = _plan_again(registry, name, former)
+    former_plan = plan_again(registry, name, former, replacing=name)
     active, flags = registry.active, _flags(registry)
     registry.active = tuple(other for other in active if other != name)
     registry.discard(name)
@@ -233,9 +233,18 @@ def _bring_back(
         registry.layers[path].scaling[name] = scaling
 
 
-def _plan_again(registry: AdapterRegistry, name: str, tensors: Mapping[str, Tensor]) -> Plan:
-    """The plan that puts an adapter of this model back."""
-    plan = make_plan(registry.model, registry.configs[name], source="file", replacing=name)
+def plan_again(
+    registry: AdapterRegistry, name: str, tensors: Mapping[str, Tensor], *, replacing: str | None = None
+) -> Plan:
+    """The plan that puts an adapter of this model on it once more: back in its place, or beside it as another.
+
+    Args:
+        registry: of the model.
+        name: of the adapter.
+        tensors: its tensors by file name.
+        replacing: its name, if it is to be gone then.
+    """
+    plan = make_plan(registry.model, registry.configs[name], source="file", replacing=replacing)
     plan, _ = with_ties_as_found(without_absent_ties(plan, tensors), tensors, "the model")
     replaced = [key for key, slot in registry.slots.items() if name in slot.copies]
     return replace(plan, base_weights=tuple(key for key in replaced if key not in plan.biases))
