@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         AdapterStateError,
         ConfigError,
         KeyMismatchError,
+        LossyMergeError,
         NonFiniteError,
         PlanError,
         UnsupportedError,
@@ -53,9 +54,11 @@ if TYPE_CHECKING:
     from lorakit.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
     from lorakit.intruders import IntruderReport, reduce_intruder_dimension
     from lorakit.kappa import find_kappa_target_modules
+    from lorakit.kbit import prepare_model_for_kbit_training
     from lorakit.layers import LoraLayer, ModulesToSaveWrapper
     from lorakit.loading import LoadReport
     from lorakit.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
+    from lorakit.report import MergeReport
     from lorakit.specs import AdapterSpec
     from lorakit.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
     from lorakit.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -112,6 +115,7 @@ _HOMES = {
         "AdapterStateError",
         "ConfigError",
         "KeyMismatchError",
+        "LossyMergeError",
         "NonFiniteError",
         "PlanError",
         "UnsupportedError",
@@ -120,9 +124,11 @@ _HOMES = {
     "hotswap": ("hotswap_adapter", "prepare_model_for_compiled_hotswap"),
     "intruders": ("IntruderReport", "reduce_intruder_dimension"),
     "kappa": ("find_kappa_target_modules",),
+    "kbit": ("prepare_model_for_kbit_training",),
     "layers": ("LoraLayer", "ModulesToSaveWrapper"),
     "loading": ("LoadReport",),
     "optimizers": ("create_lorafa_optimizer", "create_loraplus_optimizer"),
+    "report": ("MergeReport",),
     "state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
     "status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
     "surgery": ("Plan",),
