@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from lorakit.specs import AdapterSpec
     from lorakit.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
     from lorakit.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
+    from lorakit.loftq import replace_lora_weights_loftq
     from lorakit.surgery import Plan
     from lorakit.tasks import (
         PeftModel,
@@ -137,6 +138,7 @@ _HOMES = {
         "PeftModelForCausalLM",
         "PeftModelForFeatureExtraction",
         "PeftModelForQuestionAnswering",
+    "loftq": ("replace_lora_weights_loftq",),
         "PeftModelForSeq2SeqLM",
         "PeftModelForSequenceClassification",
         "PeftModelForTokenClassification",

@@ -13,6 +13,7 @@ from lorakit.errors import at_path
 from lorakit.init.context import InitContext
 from lorakit.init.loftq import loftq
 from lorakit.init.random import gaussian, kaiming, orthogonal, random
+from lorakit.init.lora_ga import lora_ga
 from lorakit.init.spectral import mica, olora, pissa
 
 if TYPE_CHECKING:
@@ -68,8 +69,15 @@ def initialiser_options(config: LoraConfig) -> object:
     return None if options is None else options(config)
 
 
-def why_not_begin(init: str, layout: Layout, r: int) -> str:
-    """Why a scheme cannot begin an adapter of rank r on this weight, or an empty text."""
+def why_not_begin(init: str, layout: Layout, r: int, *, on_grid: bool = False) -> str:
+    """Why a scheme cannot begin an adapter of rank r on this weight, or an empty text.
+
+    Args:
+        init: its name here.
+        layout: of the weight.
+        r: the adapter's rank.
+        on_grid: whether the weight is quantised.
+    """
     rank, (out, inner) = layout.block_rank(r), layout.block_shape
     where = " for each group" if layout.groups > 1 else ""
     if init == "orthogonal" and rank % 2:
@@ -77,6 +85,11 @@ def why_not_begin(init: str, layout: Layout, r: int) -> str:
     most = min(out, inner // layout.groups)
     if init in FROM_WEIGHT and rank > most:
         return (
+    if init in REPLACES_BASE and on_grid:
+        return (
+            f"init_lora_weights={init!r} quantises the weight by itself, and this one is quantised already; set it to "
+            "True, and call replace_lora_weights_loftq() afterwards"
+        )
             f"init_lora_weights={init!r} begins from the weight, which has rank {most} at the most{where}, got {rank}; "
             "lower it by rank_pattern, or leave this one out with exclude_modules"
         )

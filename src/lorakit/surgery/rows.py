@@ -63,10 +63,11 @@ class Kept(NamedTuple):
 
     dtype: torch.dtype
     device: torch.device
+    on_grid: bool
 
 
 def _kept(codec: WeightCodec, base: nn.Module) -> Kept:
-    return Kept(codec.dtype(base), codec.state(base).weight.device)
+    return Kept(codec.dtype(base), codec.state(base).weight.device, codec.on_grid)
 
 
 def module_rows(node: Node, rules: Rules, description: Description) -> list[AdapterSpec]:
@@ -192,7 +193,7 @@ def _row(
     refused = (
         _refused(kind, layout, r, config, drops=drops or rules.from_file)
         or _variant_refused(path, kind, layout, r, rules, called=called)
-        or ("" if rules.from_file else why_not_begin(init, layout, r))
+        or ("" if rules.from_file else why_not_begin(init, layout, r, on_grid=kept.on_grid))
     )
     if refused:
         rules.problems.append(f"{path}: {refused}")
