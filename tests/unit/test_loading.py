@@ -104,7 +104,7 @@ FAULTS = {
     "prefix": (other_prefix, {}, AdapterFormatError, "base_model.model."),
     "alpha": (lambda t: None, {"lora_alpha": "16"}, ConfigError, "lora_alpha"),
     "targets": (lambda t: None, {"target_modules": ["nope"]}, AdapterError, "nope|matches no module"),
-    "dora": (lambda t: None, {"use_dora": True}, UnsupportedError, "use_dora"),
+    "dora": (lambda t: None, {"use_dora": True}, KeyMismatchError, "missing: .*lora_magnitude_vector"),
     "type": (lambda t: None, {"peft_type": "IA3"}, AdapterError, "IA3"),
     "fewer targets": (lambda t: None, {"target_modules": ["q_proj"]}, KeyMismatchError, "unexpected: .*c_fc"),
 }

@@ -27,7 +27,6 @@ NOT_YET: dict[str, str] = {
     "loftq_config": _OTHER_INIT,
     "corda_config": _OTHER_INIT,
     "lora_ga_config": _OTHER_INIT,
-    "use_dora": "DoRA is not available; train plain LoRA with use_dora=False",
     "megatron_config": "Megatron layers are not available; leave it None",
     "runtime_config": "ephemeral GPU offload is not available; leave ephemeral_gpu_offload False",
 }

@@ -16,7 +16,7 @@ from lorakit.layers.chosen import Owner
 from lorakit.layers.factors import let_go
 from lorakit.layers.merging import MergingLayer
 from lorakit.layers.tokens import TokenRows
-from lorakit.layers.varied import Offset, drop_parts, hold_parts, parts_of
+from lorakit.layers.varied import Kept, Offset, drop_parts, hold_parts, parts_of
 from lorakit.specs import FILE_NAMES, TOKEN_ROWS
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class HoldingLayer(MergingLayer):
         self.lora_bias: dict[str, bool] = {}
         self.variants: dict[str, Variant] = {}
         self.frozen: dict[str, frozenset[str]] = {}
-        self.kept: dict[str, dict[str, Any]] = {}
+        self.kept = Kept()
         self.register_module("lora_offset", None)
         self.layout = codec.layout(self.get_base_layer())
         self.out_features, self.in_features = self.layout.out, self.layout.row[0]

@@ -58,17 +58,14 @@ class Linear(LoraLayer):
             return output
         factors, varied = parted(self, route)
         terms = self._terms(factors)
-        base = self.base_layer
-        plain = type(base) is self._fused_type and not args and not kwargs and not is_observed(base)
-        if plain and not varied and self.token_adapter is None and terms is not None:
-            held = cast("nn.Linear", base)
-            return lora_linear(x, held.weight, held.bias, terms, transposed=self.layout.transposed)
-        y: Tensor = base(x, *args, **kwargs)
+        if not varied and self.token_adapter is None and terms is not None:
+            return self._base_and(terms, args, kwargs, x)
+        y = self._base_and((), args, kwargs, x)
         if self.token_adapter is not None:
             y = self.token_adapter.in_head(y, x, route, getattr(self.base_layer, "bias", None))
         y = self._given_away(y)
         if varied:
-            again = partial(self._base_again, args, kwargs)
+            again = partial(self._base_and, (), args, kwargs)
             y = add_variants(self, varied, y, x, again, self._add)
         if terms is not None:
             return lora_add(y, x, terms) if terms else y
@@ -87,7 +84,7 @@ class Linear(LoraLayer):
             y = rows_by_sample(y, chosen, present, x, lambda y, name: tokens.in_head(y, x, [name], bias))
         factors, apart = parted_by_sample(self, present)
         if apart:
-            again = partial(self._base_again, args, kwargs)
+            again = partial(self._base_and, (), args, kwargs)
             y = add_by_sample(chosen, apart, y, x, partial(self._add_one, again))
         if not factors:
             return y
@@ -97,10 +94,16 @@ class Linear(LoraLayer):
             return lora_grouped(self._given_away(y), x, bank, groups)
         return add_by_sample(chosen, factors, y, x, self._add_by_modules)
 
-    def _base_again(self, args: Sequence[Any], kwargs: Mapping[str, Any], x: Tensor) -> Tensor:
-        """The base's output for another input, with the further arguments of the running call."""
-        found: Tensor = self.base_layer(x, *args, **kwargs)
-        return found
+    def _base_and(
+        self, terms: Sequence[Term], args: Sequence[Any], kwargs: Mapping[str, Any], x: Tensor
+    ) -> Tensor:
+        """The base's output for x, with the further arguments of the running call, and what terms add to it."""
+        base = self.base_layer
+        if type(base) is self._fused_type and not args and not kwargs and not is_observed(base):
+            held = cast("nn.Linear", base)
+            return lora_linear(x, held.weight, held.bias, terms, transposed=self.layout.transposed)
+        y: Tensor = base(x, *args, **kwargs)
+        return lora_add(self._given_away(y), x, terms) if terms else y
 
     def _add_one(self, base: Callable[[Tensor], Tensor], name: str, y: Tensor, x: Tensor) -> Tensor:
         """Y, given away, with what one adapter adds that has a variant or an offset."""

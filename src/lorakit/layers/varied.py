@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from lorakit.types import Factors
 
 
+class Kept(dict[str, dict[str, Any]]):
+    """What variants keep on a layer, by adapter; copies and pickles of the layer begin without any."""
+
+    def __reduce__(self) -> tuple[type[Kept], tuple[()]]:
+        return Kept, ()
+
+
 class PartHolder(nn.Module):
     """A module that holds tensors of a variant, under the names that the variant gives them."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorakit.errors import UnsupportedError
-from lorakit.variants import alora, arrow, bdlora, kasa, monteclora, qalora, velora
+from lorakit.variants import alora, arrow, bdlora, dora, kasa, monteclora, qalora, velora
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lorakit.variants.variant import Variant
 
 VARIANTS: tuple[Callable[[LoraConfig], Variant | None], ...] = (
+    dora.from_config,
     alora.from_config,
     arrow.from_config,
     velora.from_config,

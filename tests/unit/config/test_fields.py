@@ -296,7 +296,7 @@ UNSUPPORTED = [
     ("init_lora_weights", "loftq", False), ("init_lora_weights", "mica", False),
     ("loftq_config", {"loftq_bits": 4}, False),
     ("corda_config", CordaConfig(), False), ("lora_ga_config", LoraGAConfig(), False),
-    ("use_dora", True, True), ("use_qalora", True, True), ("velora_config", {"scale": 1}, True),
+    ("use_qalora", True, True), ("velora_config", {"scale": 1}, True),
     ("monteclora_config", {"num_samples": 10**6}, True), ("arrow_config", {"top_k": 3}, True),
     ("kasa_config", {"beta": 1}, True), ("use_bdlora", {"nblocks": 2}, True),
     ("alora_invocation_tokens", [1], True),
