@@ -57,12 +57,12 @@ if TYPE_CHECKING:
     from lorakit.kbit import prepare_model_for_kbit_training
     from lorakit.layers import LoraLayer, ModulesToSaveWrapper
     from lorakit.loading import LoadReport
+    from lorakit.loftq import replace_lora_weights_loftq
     from lorakit.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
     from lorakit.report import MergeReport
     from lorakit.specs import AdapterSpec
     from lorakit.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
     from lorakit.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
-    from lorakit.loftq import replace_lora_weights_loftq
     from lorakit.surgery import Plan
     from lorakit.tasks import (
         PeftModel,
@@ -128,6 +128,7 @@ _HOMES = {
     "kbit": ("prepare_model_for_kbit_training",),
     "layers": ("LoraLayer", "ModulesToSaveWrapper"),
     "loading": ("LoadReport",),
+    "loftq": ("replace_lora_weights_loftq",),
     "optimizers": ("create_lorafa_optimizer", "create_loraplus_optimizer"),
     "report": ("MergeReport",),
     "state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
@@ -138,7 +139,6 @@ _HOMES = {
         "PeftModelForCausalLM",
         "PeftModelForFeatureExtraction",
         "PeftModelForQuestionAnswering",
-    "loftq": ("replace_lora_weights_loftq",),
         "PeftModelForSeq2SeqLM",
         "PeftModelForSequenceClassification",
         "PeftModelForTokenClassification",

@@ -13,7 +13,6 @@ from lorakit.errors import at_path
 from lorakit.init.context import InitContext
 from lorakit.init.loftq import loftq
 from lorakit.init.random import gaussian, kaiming, orthogonal, random
-from lorakit.init.lora_ga import lora_ga
 from lorakit.init.spectral import mica, olora, pissa
 
 if TYPE_CHECKING:
@@ -82,14 +81,14 @@ def why_not_begin(init: str, layout: Layout, r: int, *, on_grid: bool = False) -
     where = " for each group" if layout.groups > 1 else ""
     if init == "orthogonal" and rank % 2:
         return f"init_lora_weights='orthogonal' needs an even rank{where}, got {rank}"
-    most = min(out, inner // layout.groups)
-    if init in FROM_WEIGHT and rank > most:
-        return (
     if init in REPLACES_BASE and on_grid:
         return (
             f"init_lora_weights={init!r} quantises the weight by itself, and this one is quantised already; set it to "
             "True, and call replace_lora_weights_loftq() afterwards"
         )
+    most = min(out, inner // layout.groups)
+    if init in FROM_WEIGHT and rank > most:
+        return (
             f"init_lora_weights={init!r} begins from the weight, which has rank {most} at the most{where}, got {rank}; "
             "lower it by rank_pattern, or leave this one out with exclude_modules"
         )

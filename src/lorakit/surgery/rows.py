@@ -59,7 +59,7 @@ class Rules(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """The dtype of the numbers that a weight stands for, and where it is."""
+    """The dtype of the numbers that a weight stands for, where it is, and whether it is quantised."""
 
     dtype: torch.dtype
     device: torch.device
