@@ -28,6 +28,23 @@ MAX_TENSORS = 200_000
 MAX_DIMS = 16
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
+ALL_DTYPES = {
+    **DTYPES,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+"""What a whole model's checkpoint may hold beside its weights."""
+_CODES = {dtype: code for code, dtype in ALL_DTYPES.items()}
 _ENTRY = {"dtype", "shape", "data_offsets"}
 _SHOWN = 10  # problems listed in one message, after which the check stops
 
@@ -48,17 +65,29 @@ class Header:
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
 
+    def places(self, size: int) -> dict[str, int]:
+        """Where in a file of `size` bytes the data of each tensor begins: the data are the end of the file."""
+        begin = size - sum(info.nbytes for info in self.tensors.values())
+        found = {}
+        for name, info in self.tensors.items():
+            found[name] = begin
+            begin += info.nbytes
+        return found
 
-def parse_header(read: Callable[[int], bytes], size: int, where: str) -> Header:
+
+def parse_header(
+    read: Callable[[int], bytes], size: int, where: str, dtypes: Mapping[str, torch.dtype] = DTYPES
+) -> Header:
     """Read and check a header.
 
     Args:
         read: gives the next n bytes of the file, fewer only at its end.
         size: bytes in the whole file.
         where: the file, for messages.
+        dtypes: those that its tensors may have, by the format's names.
 
     Raises:
-        AdapterFormatError: the file is not a whole, well-formed safetensors file of f64, f32, f16 and bf16 tensors.
+        AdapterFormatError: the file is not a whole, well-formed safetensors file of tensors of these dtypes.
     """
     start = read(min(8, size))
     if start == b"version ":
@@ -87,7 +116,7 @@ def parse_header(read: Callable[[int], bytes], size: int, where: str) -> Header:
         raise AdapterFormatError(f"{where}: more than {MAX_TENSORS:,} tensors; an adapter has far fewer")
     entries = strict_json.loads(raw, where=f"{where}, header", max_bytes=MAX_HEADER, max_depth=8)
     metadata = _metadata(entries.pop("__metadata__", {}), where)
-    return Header(_tensors(entries, size - 8 - length, where), metadata)
+    return Header(_tensors(entries, size - 8 - length, where, dtypes), metadata)
 
 
 def build_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
@@ -99,7 +128,7 @@ def build_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str])
     begin = 0
     for name, info in tensors.items():
         entries[name] = {
-            "dtype": DTYPE_CODES[info.dtype],
+            "dtype": _CODES[info.dtype],
             "shape": list(info.shape),
             "data_offsets": [begin, begin + info.nbytes],
         }
@@ -117,20 +146,22 @@ def _metadata(found: object, where: str) -> dict[str, str]:
     )
 
 
-def _tensors(entries: dict[str, Any], size: int, where: str) -> dict[str, TensorInfo]:
+def _tensors(
+    entries: dict[str, Any], size: int, where: str, dtypes: Mapping[str, torch.dtype]
+) -> dict[str, TensorInfo]:
     if len(entries) > MAX_TENSORS:
         raise AdapterFormatError(f"{where}: more than {MAX_TENSORS:,} tensors; an adapter has far fewer")
     problems: list[str] = []
     placed: list[tuple[int, int, str, TensorInfo]] = []
     for name, entry in entries.items():
-        problem = _problem(entry)
+        problem = _problem(entry, dtypes)
         if problem:
             problems.append(f"{name[:200]!r}: {problem}")
             if len(problems) == _SHOWN:  # a hostile header is not worth more work
                 break
             continue
         begin, end = entry["data_offsets"]
-        info = TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]), end - begin)
+        info = TensorInfo(dtypes[entry["dtype"]], tuple(entry["shape"]), end - begin)
         placed.append((begin, end, name, info))
     placed.sort(key=lambda row: row[:3])
     if not problems:
@@ -142,18 +173,18 @@ def _tensors(entries: dict[str, Any], size: int, where: str) -> dict[str, Tensor
     return {name: info for _, _, name, info in placed}
 
 
-def _problem(entry: object) -> str:
+def _problem(entry: object, dtypes: Mapping[str, torch.dtype]) -> str:
     """What is wrong with one entry, or an empty text."""
     if not isinstance(entry, dict) or set(entry) != _ENTRY:
         return "an entry must have dtype, shape and data_offsets, and nothing else"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        return f"dtype {reprlib.repr(dtype)}, wanted one of {', '.join(DTYPES)}"
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        return f"dtype {reprlib.repr(dtype)}, wanted one of {', '.join(dtypes)}"
     if not _sizes(shape) or len(shape) > MAX_DIMS:
         return f"shape {reprlib.repr(shape)}, wanted a list of at most {MAX_DIMS} sizes"
     if not _sizes(offsets) or len(offsets) != 2:
         return f"data_offsets {reprlib.repr(offsets)}, wanted [begin, end]"
-    wanted = math.prod(shape) * DTYPES[dtype].itemsize
+    wanted = math.prod(shape) * dtypes[dtype].itemsize
     if offsets[1] - offsets[0] != wanted:
         return f"data_offsets {offsets}, but {dtype} of shape {shape} takes {wanted} bytes"
     return ""

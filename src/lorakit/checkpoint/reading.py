@@ -149,10 +149,7 @@ def open_adapter(folder: str | os.PathLike[str], *, allow_pickle_bin: bool = Fal
     path = _existing(folder)
     if present(path, WEIGHTS_NAME):
         config, repaired, header, stamp = _read_pair(path)
-        start = stamp[2] - sum(
-            info.nbytes for info in header.tensors.values()
-        )  # the data are the end of the file
-        weights = SafetensorsSource(path, stamp, header.tensors, start)
+        weights = SafetensorsSource(path, stamp, header.tensors, header.places(stamp[2]))
         return AdapterFile(path, config, header.tensors, header.metadata, repaired, weights)
     if not present(path, PICKLE_NAME):
         raise AdapterNotFoundError(

@@ -48,13 +48,13 @@ class SafetensorsSource:
         folder: where the file is.
         stamp: of the version whose header was read.
         tensors: what the header says, in the order of the data.
-        start: where in the file the data begins.
+        places: where in the file each of them begins.
     """
 
     folder: Path
     stamp: Stamp
     tensors: dict[str, TensorInfo]
-    start: int
+    places: dict[str, int]
 
     @property
     def path(self) -> Path:
@@ -71,15 +71,10 @@ class SafetensorsSource:
             os.fdopen(os.dup(descriptor), "rb", buffering=0) as file,
         ):
             self._check(status)
-            begin = self.start
-            places = {}
-            for name, info in self.tensors.items():
-                places[name] = begin
-                begin += info.nbytes
             for name in names:
                 info = self.tensors[name]
                 tensor = torch.empty(info.shape, dtype=info.dtype)
-                file.seek(places[name])
+                file.seek(self.places[name])
                 if not _fill(file, raw_bytes(tensor)):
                     raise AdapterFormatError(f"{self.path}: cut while it was read; open the adapter again")
                 yield name, tensor
