@@ -46,4 +46,10 @@ def combined_config(
         ensure_weight_tying=all(config.ensure_weight_tying for config in configs),
         init_lora_weights=True,
         inference_mode=True,
+        # what such adapters add is in the factors too
+        use_qalora=False,
+        velora_config=None,
+        monteclora_config=None,
+        use_bdlora=None,
+        kasa_config=None,
     )
