@@ -10,6 +10,7 @@ from lorakit.checkpoint.keys import to_file_key
 from lorakit.checkpoint.writing import write_adapter
 from lorakit.exporting import as_plain, offsets_in_file, offsets_of
 from lorakit.fitting import embedding_weights
+from lorakit.init.registry import REPLACES_BASE, initialiser_name
 from lorakit.padding import file_entries
 from lorakit.surgery import describe
 from lorakit.surgery.paths import joined
@@ -73,7 +74,11 @@ def stored_config(registry: AdapterRegistry, name: str) -> LoraConfig:
     if config.task_type is None:
         kind = type(registry.model)
         mapping = mapping or {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-    return replace(config, inference_mode=True, auto_mapping=mapping)
+    stored = replace(config, inference_mode=True, auto_mapping=mapping)
+    if initialiser_name(config.init_lora_weights) not in REPLACES_BASE:
+        return stored
+    # PEFT runs the scheme again when it loads a file that names it, on a base that has been changed already
+    return replace(stored, init_lora_weights=True, loftq_config={})
 
 
 def _embeddings(registry: AdapterRegistry, adapter: str) -> dict[str, Tensor]:

@@ -12,26 +12,21 @@ from typing import TYPE_CHECKING, Any
 from lorakit.errors import UnsupportedError, bullet_list
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from lorakit.config.lora import LoraConfig
 
-_PLAIN_INIT = "use init_lora_weights=True, False, 'gaussian' or 'orthogonal'"
-_OTHER_INIT = f"it is read by an initialiser that is not available; leave it out and {_PLAIN_INIT}"
-
 NOT_YET: dict[str, str] = {
-    "init_lora_weights=pissa": _PLAIN_INIT,
-    "init_lora_weights=olora": _PLAIN_INIT,
-    "init_lora_weights=corda": _PLAIN_INIT,
-    "init_lora_weights=lora_ga": _PLAIN_INIT,
-    "init_lora_weights=loftq": _PLAIN_INIT,
-    "init_lora_weights=mica": _PLAIN_INIT,
-    "loftq_config": _OTHER_INIT,
-    "corda_config": _OTHER_INIT,
-    "lora_ga_config": _OTHER_INIT,
     "megatron_config": "Megatron layers are not available; leave it None",
     "runtime_config": "ephemeral GPU offload is not available; leave ephemeral_gpu_offload False",
 }
 
-_INIT_ONLY = frozenset({"loftq_config", "eva_config", "corda_config", "lora_ga_config"})
+_READ_BY = {
+    "loftq_config": "loftq",
+    "eva_config": "eva",
+    "corda_config": "corda",
+    "lora_ga_config": "lora_ga",
+}
 _CHANGES_BASE = frozenset({"pissa", "olora", "corda", "lora_ga"})
 
 
@@ -40,21 +35,19 @@ def check_supported(config: LoraConfig, *, loading: bool = False) -> None:
 
     Args:
         config: a valid config.
-        loading: the weights come from a file, so that no initialiser runs and its settings do not matter. Schemes
-            that change the base weight (PiSSA, OLoRA, CorDA, LoRA-GA) stay refused: the file fits a base that is not
-            there.
+        loading: the weights come from a file, so that no initialiser runs and its settings do not matter. A file that
+            PEFT wrote of a scheme that changes the base weight (PiSSA, OLoRA, CorDA, LoRA-GA) is refused: it fits a base
+            that is not there.
 
     Raises:
         UnsupportedError: names every such field, its value and what to do instead.
     """
-    found = [_init_refusal(config, loading=loading)]
+    found = [_raw(config)] if loading else list(_unread(config))
     defaults = {
         field.name: field.default if field.default_factory is MISSING else field.default_factory()
         for field in fields(config)
     }
     for name, reason in NOT_YET.items():
-        if name not in defaults or (loading and name in _INIT_ONLY):
-            continue
         value = getattr(config, name)
         if not _same(value, defaults[name]):
             found.append(f"{name}={value!r}: {reason}")
@@ -67,15 +60,22 @@ def _same(value: Any, default: Any) -> bool:
     return bool(value == default) or (default is None and value in ([], {}))
 
 
-def _init_refusal(config: LoraConfig, *, loading: bool) -> str:
-    scheme = str(config.init_lora_weights).partition("_niter_")[0]
-    reason = NOT_YET.get(f"init_lora_weights={scheme}", "")
-    if loading and scheme in _CHANGES_BASE:
-        reason = (
-            "the adapter was saved without being converted, so it belongs to a base whose weights this scheme "
-            "changed, not to the original base; save it again as a plain LoRA with PEFT's "
-            "path_initial_model_for_weight_conversion"
-        )
-    elif loading:
-        reason = ""
-    return reason and f"init_lora_weights={config.init_lora_weights!r}: {reason}"
+def _raw(config: LoraConfig) -> str:
+    """Why a file of this config cannot be loaded, as far as its initialiser goes; or an empty text."""
+    if str(config.init_lora_weights).partition("_niter_")[0] not in _CHANGES_BASE:
+        return ""
+    return (
+        f"init_lora_weights={config.init_lora_weights!r}: the adapter was saved without being converted, so it belongs "
+        "to a base whose weights this scheme changed, not to the original base; save it again as a plain LoRA, which "
+        "lorakit does by itself, and PEFT with path_initial_model_for_weight_conversion"
+    )
+
+
+def _unread(config: LoraConfig) -> Iterator[str]:
+    """Settings that the initialiser does not read."""
+    for name, scheme in _READ_BY.items():
+        if getattr(config, name) and config.init_lora_weights != scheme:
+            yield (
+                f"{name}={getattr(config, name)!r}: only init_lora_weights={scheme!r} reads it, and this config has "
+                f"{config.init_lora_weights!r}; leave it out, or ask for that scheme"
+            )
