@@ -21,7 +21,12 @@ if TYPE_CHECKING:
         AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification,
     )
-    from lorakit.calibration import get_eva_state_dict, initialize_lora_eva_weights
+    from lorakit.calibration import (
+        get_eva_state_dict,
+        initialize_lora_eva_weights,
+        preprocess_corda,
+        preprocess_loraga,
+    )
     from lorakit.config import (
         ArrowConfig,
         BdLoraConfig,
@@ -106,7 +111,12 @@ _HOMES = {
         "TaskType",
         "VeloraConfig",
     ),
-    "calibration": ("get_eva_state_dict", "initialize_lora_eva_weights"),
+    "calibration": (
+        "get_eva_state_dict",
+        "initialize_lora_eva_weights",
+        "preprocess_corda",
+        "preprocess_loraga",
+    ),
     "configs": ("LoraConfig", "PeftConfig"),
     "errors": (
         "AdapterError",

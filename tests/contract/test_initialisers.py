@@ -8,11 +8,15 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from lorakit import LoftQConfig
+from lorakit import LoftQConfig, LoraGAConfig
 from lorakit.errors import NonFiniteError
 from lorakit.init import INITIALISERS, initialise
+from lorakit.init.corda import OrientedParts
+from lorakit.init.gathered import PREPARED_BY
+from lorakit.init.lora_ga import GradientStart
 from lorakit.init.registry import FROM_WEIGHT, REPLACES_BASE, TAKES_OFF, initialiser_name, why_not_begin
 from lorakit.layouts import Layout, matrix_layout
+from lorakit.ops.low_rank import truncated_svd
 from models import bits, spec_of
 
 R = 16
@@ -92,7 +96,15 @@ BEGINS = {"pissa": "offset", "olora": "offset", "mica": "zero", "loftq": "closer
 """How the schemes that look at the weight begin."""
 UNABLE = {("loftq", "grouped"), ("loftq", "depthwise")}
 """What is refused before a scheme is asked: a grouped weight has no place for another one."""
-OPTIONS = {"loftq": LoftQConfig(loftq_bits=4, loftq_iter=2)}
+UNABLE |= {
+    (name, kind) for name in PREPARED_BY for kind in KINDS if kind not in {"matrix", "conv1d"}
+}  # linear only
+GRADIENT = truncated_svd(torch.randn(200, 300, generator=torch.Generator().manual_seed(1)), 2 * R)
+OPTIONS = {
+    "loftq": LoftQConfig(loftq_bits=4, loftq_iter=2),
+    "corda": OrientedParts(GRADIENT.U[:, :R], GRADIENT.S[:R], GRADIENT.Vh[:R].T),
+    "lora_ga": GradientStart(GRADIENT, LoraGAConfig()),
+}
 drawn = pytest.mark.parametrize("name", list(PROMISES))
 computed = pytest.mark.parametrize(
     ("name", "kind"), [(name, kind) for name in BEGINS for kind in KINDS if (name, kind) not in UNABLE]
@@ -157,7 +169,7 @@ def all_of(factors, attribute):
 
 
 def test_each_initialiser_has_a_row_here():
-    assert set(INITIALISERS) == set(PROMISES) | set(BEGINS)
+    assert set(INITIALISERS) == set(PROMISES) | set(BEGINS) | set(PREPARED_BY)
     assert set(PROMISES) == set(OF_EMBEDDINGS)
     assert set(BEGINS) == FROM_WEIGHT
 

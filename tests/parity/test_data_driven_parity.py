@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import sys
+import types
 
 import pytest
 import torch
@@ -11,7 +14,10 @@ from torch.nn.functional import cosine_similarity
 import lorakit
 from parity.models import NAMED_WARNINGS, VOCABULARY, build, output_of, peft
 
-pytestmark = NAMED_WARNINGS
+pytestmark = [
+    *NAMED_WARNINGS,
+    pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning"),  # of PEFT's LoRA-GA
+]
 
 TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"],
@@ -126,3 +132,139 @@ def test_eva_whitens_layers_of_one_input_once():
         times = sharing[name.rpartition(".")[2]]
         norms, wrong = A[:3].norm(dim=1), theirs[name][:3].norm(dim=1).float()
         torch.testing.assert_close(wrong, norms**times, rtol=1e-4, atol=0)
+
+
+# ---- CorDA and LoRA-GA -------------------------------------------------------------------------------------
+
+ALL_LINEAR = {"llama": [*TARGETS["llama"], "down_proj"], "gpt2": ["c_attn", "c_fc", "c_proj"]}
+
+
+@pytest.fixture
+def their_corda(monkeypatch):
+    """PEFT's module takes `dataclass` from attrs, which need not be installed."""
+    if "attr" not in sys.modules:
+        stand_in = types.ModuleType("attr")
+        stand_in.dataclass = dataclasses.dataclass
+        monkeypatch.setitem(sys.modules, "attr", stand_in)
+    from peft.tuners.lora import corda
+
+    return corda.preprocess_corda
+
+
+def fields_of(kind, scheme, **fields):
+    own = {"r": 4, "lora_alpha": 6, "target_modules": ALL_LINEAR[kind], "fan_in_fan_out": kind == "gpt2"}
+    return {**own, "init_lora_weights": scheme, **fields}
+
+
+def samples(count=20):
+    """One sentence a call, as PEFT's CorDA needs it."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, VOCABULARY, (1, 12), generator=generator) for _ in range(count)]
+
+
+def run(model):
+    for ids in samples():
+        model(input_ids=ids)
+
+
+def step(model):
+    for ids in samples(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+
+
+def factors_of(model):
+    """A and B of every layer, by path."""
+    layers = {path: layer for path, layer in model.named_modules() if hasattr(layer, "lora_A")}
+    return {
+        path: (layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach())
+        for path, layer in layers.items()
+    }
+
+
+def begin(library, preprocess, kind, fields, go, **arguments):
+    model, config = build(kind), library.LoraConfig(**fields)
+    preprocess(model, config, lambda: go(model), **arguments)
+    return library.get_peft_model(model, config)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("method", ["ipm", "kpm"])
+def test_corda_begins_as_the_same_part(kind, method, their_corda):
+    from peft.tuners.lora.config import CordaConfig
+
+    fields = fields_of(kind, "corda", corda_config=CordaConfig(corda_method=method))
+    theirs = begin(peft, their_corda, kind, fields, run)
+    fields["corda_config"] = lorakit.CordaConfig(corda_method=method)
+    ours = begin(lorakit, lorakit.preprocess_corda, kind, fields, run)
+    mine = factors_of(ours)
+    assert mine
+    for path, (A, B) in factors_of(theirs).items():
+        wanted, found = B @ A, mine[path][1] @ mine[path][0]
+        assert float((found - wanted).norm() / wanted.norm()) < 3e-3, path
+        # A and B share the singular values evenly, so each is the other's up to a rotation of equal ones
+        torch.testing.assert_close(mine[path][0].norm(), A.norm(), rtol=3e-3, atol=0)
+    untouched(ours, kind)
+
+
+def untouched(ours, kind):
+    """Their base has changed by now; ours computes and holds what it did."""
+    base = build(kind)
+    torch.testing.assert_close(output_of(ours.eval(), kind), output_of(base, kind), rtol=0, atol=1e-6)
+    held = ours.unload().state_dict()
+    assert all(torch.equal(held[key], value) for key, value in base.state_dict().items())
+
+
+def turned(found, wanted):
+    """Rows with the signs of others."""
+    return found * (found * wanted).sum(dim=1, keepdim=True).sign()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("direction", ["ArBr", "A2rBr", "ArB2r"])
+@pytest.mark.parametrize("scale", ["stable", "weight_svd", "gd_scale", "unit"])
+def test_lora_ga_begins_as_the_same_vectors(kind, direction, scale):
+    """PEFT's singular vectors come from a random sketch: 1 % off, and under "weight_svd" 5 %.
+
+    Under "stable" it takes a Conv1D's inputs for its outputs.
+    """
+    from peft.tuners.lora.loraga import preprocess_loraga
+
+    options = {"direction": direction, "scale": scale}
+    fields = fields_of(kind, "lora_ga", lora_ga_config=peft.LoraGAConfig(**options))
+    torch.manual_seed(0)
+    theirs = begin(peft, preprocess_loraga, kind, fields, step)
+    fields["lora_ga_config"] = lorakit.LoraGAConfig(**options)
+    ours = begin(lorakit, lorakit.preprocess_loraga, kind, fields, step)
+    mine = factors_of(ours)
+    for path, (A, B) in factors_of(theirs).items():
+        swapped = (A.shape[1] / B.shape[0]) ** 0.25 if (kind, scale) == ("gpt2", "stable") else 1.0
+        pairs = ((mine[path][0], A, 1.0), (mine[path][1].T, B.T, swapped))
+        for found, wanted, factor in pairs:
+            difference = turned(found, wanted) * factor - wanted
+            assert float(difference.norm() / wanted.norm()) < (0.06 if scale == "weight_svd" else 0.01), path
+    untouched(ours, kind)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_their_caches_are_read(kind, their_corda, tmp_path):
+    from peft.tuners.lora.config import CordaConfig
+    from peft.tuners.lora.loraga import preprocess_loraga
+
+    file = str(tmp_path / "corda.pt")
+    theirs = begin(
+        peft, their_corda, kind, fields_of(kind, "corda", corda_config=CordaConfig(cache_file=file)), run
+    )
+    fields = fields_of(kind, "corda", corda_config=lorakit.CordaConfig(cache_file=file))
+    ours = begin(lorakit, lorakit.preprocess_corda, kind, fields, None)
+    for path, (A, B) in factors_of(theirs).items():
+        torch.testing.assert_close(factors_of(ours)[path], (A, B), rtol=1e-5, atol=1e-7)
+
+    file = str(tmp_path / "lora_ga.pt")
+    fields = fields_of(kind, "lora_ga", lora_ga_config=peft.LoraGAConfig())
+    begin(peft, preprocess_loraga, kind, fields, step, cache_file=file)
+    fields["lora_ga_config"] = lorakit.LoraGAConfig()
+    from_file = begin(lorakit, lorakit.preprocess_loraga, kind, fields, None, cache_file=file)
+    from_run = factors_of(begin(lorakit, lorakit.preprocess_loraga, kind, fields, step))
+    for path, (A, B) in factors_of(from_file).items():
+        torch.testing.assert_close(turned(A, from_run[path][0]), from_run[path][0], rtol=0, atol=2e-3)
+        assert B.shape == from_run[path][1].shape

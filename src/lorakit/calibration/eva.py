@@ -17,7 +17,15 @@ import torch
 from torch import distributed, nn
 from tqdm.auto import tqdm
 
-from lorakit.calibration.running import SharedRows, device_of, left_alone, moved, rows_of, watched
+from lorakit.calibration.running import (
+    SharedRows,
+    device_of,
+    left_alone,
+    moved,
+    plainly_begun,
+    rows_of,
+    watched,
+)
 from lorakit.config import EvaConfig, Matcher
 from lorakit.errors import ConfigError, NonFiniteError, bullet_list
 from lorakit.init.eva import Components, Scatter, have_settled, new_scatter, spread_ranks
@@ -168,9 +176,9 @@ def _targets(
         return prefix, eva_layers(registry, name), config or registry.configs[name], base_alone(registry)
     if config is None:
         raise ConfigError("peft_config: needed, since the model carries no adapter that could tell")
-    plan = make_plan(model, replace(prepare_config(model, config), init_lora_weights=True))
+    plan = make_plan(model, plainly_begun(prepare_config(model, config)))
     paths = [spec.path for spec in plan.specs if spec.kind in {"linear", "conv1d"} and spec.tied_to is None]
-    return "", {path: plan.description.nodes[path].module for path in paths}, plan.config, nullcontext()
+    return "", {path: plan.description.nodes[path].module for path in paths}, config, nullcontext()
 
 
 def eva_layers(registry: AdapterRegistry, name: str) -> dict[str, nn.Module]:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from lorakit.errors import ConfigError
+from lorakit.errors import ConfigError, UnsupportedError, bullet_list
+from lorakit.putting import prepare_config
+from lorakit.state_dict import registry_of
+from lorakit.surgery import find_registry, make_plan
+from lorakit.tuner import LoraModel
+from lorakit.weights import find_codec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor, nn
+
+    from lorakit.config import LoraConfig
+    from lorakit.specs import AdapterSpec
 
 
 @contextmanager
@@ -127,3 +137,66 @@ def moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, list):
         return [moved(item, device) for item in value]
     return value
+
+
+class Target(NamedTuple):
+    """A linear layer that an adapter is to begin on from data.
+
+    Attributes:
+        spec: its row of the plan.
+        base: the module that holds the weight; what was gathered is kept on it.
+        called: the module that the model calls: `base`, or the layer that wraps it.
+        read: gives the unmerged weight, (out, in).
+    """
+
+    spec: AdapterSpec
+    base: nn.Module
+    called: nn.Module
+    read: Callable[[torch.dtype], Tensor]
+
+
+def plainly_begun(config: LoraConfig) -> LoraConfig:
+    """The config for planning alone: without the scheme that is yet to be prepared, or its options."""
+    return replace(
+        config,
+        init_lora_weights=True,
+        loftq_config={},
+        eva_config=None,
+        corda_config=None,
+        lora_ga_config=None,
+    )
+
+
+def linear_targets(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
+    """The layers that a config targets, by path in the bare model.
+
+    Raises:
+        ConfigError, PlanError, UnsupportedError: the config does not fit the model, or targets what is no linear layer
+            of plain floating-point numbers.
+    """
+    inner = model if find_registry(model) is not None else _bare(model)
+    plan = make_plan(inner, plainly_begun(prepare_config(inner, config)))
+    found: dict[str, Target] = {}
+    problems = []
+    for spec in plan.specs:
+        node = plan.description.nodes.get(spec.path)
+        codec = None if node is None else find_codec(node.module)
+        if node is None or codec is None or spec.kind not in {"linear", "conv1d"} or spec.tied_to is not None:
+            problems.append(f"{spec.path}: is no linear layer of its own; leave it out with exclude_modules")
+        elif codec.name != "dense":
+            problems.append(
+                f"{spec.path}: its weight is kept by {codec.name}; gather from the model in full precision instead"
+            )
+        else:
+            layer = node.layer
+            read = partial(codec.read, node.module) if layer is None else layer.read_weight
+            found[spec.path] = Target(spec, node.module, node.module if layer is None else layer, read)
+    if problems:
+        raise UnsupportedError(bullet_list(f"init_lora_weights={config.init_lora_weights!r}", problems))
+    return found
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    if isinstance(model, LoraModel) or "base_model" in model._modules:
+        return registry_of(model)[0].model
+    return model

@@ -11,7 +11,9 @@ from torch.nn.functional import pad
 from lorakit.config import LoftQConfig
 from lorakit.errors import at_path
 from lorakit.init.context import InitContext
+from lorakit.init.corda import corda
 from lorakit.init.loftq import loftq
+from lorakit.init.lora_ga import lora_ga
 from lorakit.init.random import gaussian, kaiming, orthogonal, random
 from lorakit.init.spectral import mica, olora, pissa
 
@@ -35,6 +37,8 @@ INITIALISERS: Mapping[str, Callable[[InitContext], InitResult]] = {
     "olora": olora,
     "mica": mica,
     "loftq": loftq,
+    "corda": corda,
+    "lora_ga": lora_ga,
 }
 
 OPTIONS: Mapping[str, Callable[[LoraConfig], object]] = {

@@ -3,6 +3,7 @@
 from lorakit.surgery.attach import attach
 from lorakit.surgery.choice import for_each_sample, for_the_call
 from lorakit.surgery.describe import Description, Node, describe
+from lorakit.surgery.from_data import use_up_gathered
 from lorakit.surgery.invocation import invoked, invoking
 from lorakit.surgery.naming import expected_tensors
 from lorakit.surgery.plan import Plan, make_plan
@@ -25,4 +26,5 @@ __all__ = [
     "make_plan",
     "merge_and_unload",
     "unload",
+    "use_up_gathered",
 ]

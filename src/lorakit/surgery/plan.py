@@ -14,6 +14,7 @@ from lorakit.config import Matcher, check_supported
 from lorakit.errors import PlanError
 from lorakit.layers import attention_parts
 from lorakit.surgery.describe import describe
+from lorakit.surgery.from_data import with_gathered
 from lorakit.surgery.registry import find_registry
 from lorakit.surgery.replicate import Replication, plan_replication, shown
 from lorakit.surgery.rows import Rules, begin_problems, module_rows, parameter_rows, variant_problems
@@ -260,7 +261,8 @@ def _specs(
         specs = [_tied_row(spec, source) if spec.path in ties.others else spec for spec in specs]
     order = {path: number for number, path in enumerate(description.nodes)}
     specs += parameter_rows(description, rules, loose)
-    return sorted(specs, key=lambda spec: order.get(spec.path, order.get(spec.path.rpartition(".")[0], 0)))
+    specs = sorted(specs, key=lambda spec: order.get(spec.path, order.get(spec.path.rpartition(".")[0], 0)))
+    return specs if rules.from_file else with_gathered(specs, description, rules.problems)
 
 
 def _tied_row(spec: AdapterSpec, source: AdapterSpec) -> AdapterSpec:
