@@ -101,9 +101,9 @@ def reduce_intruder_dimension(
             f"adapter {new_adapter_name!r} exists already; choose another name or delete it first"
         )
     registry.check_unmerged("reducing intruder dimensions")
+    _check_can(registry, old_adapter_name)
     tensors = {item.file_name: item.in_file().clone() for item in file_entries(registry, old_adapter_name)}
     plan = _plan(registry, old_adapter_name, tensors)
-    _check_can(registry, plan, old_adapter_name)
     say = logging_sink or (lambda _: None)
     report = IntruderReport({}, {})
     own = [spec for spec in plan.specs if spec.tied_to is None]
@@ -139,24 +139,21 @@ def _plan(registry: AdapterRegistry, name: str, tensors: Mapping[str, Tensor]) -
     return replace(plan, specs=tuple(replace(spec, dtype=dtypes[spec.path]) for spec in plan.specs))
 
 
-def _check_can(registry: AdapterRegistry, plan: Plan, name: str) -> None:
+def _check_can(registry: AdapterRegistry, name: str) -> None:
     """Refuse what has no single pair of factors for a weight.
 
     Raises:
         UnsupportedError: listing all such weights.
     """
     problems = []
-    for spec in plan.specs:
-        layer = registry.layers[spec.path]
+    for path, layer in registry.layers.items():
         if name in layer.variants:
-            problems.append(f"{spec.path}: {layer.variants[name].name} is more than A and B")
+            problems.append(f"{path}: {layer.variants[name].name} is more than A and B")
         elif layer.lora_offset is not None and name in layer.lora_offset:
+            problems.append(f"{path}: the adapter also takes something off the base (its initialisation)")
+        elif name in layer.r and layer.layout.groups > 1:
             problems.append(
-                f"{spec.path}: the adapter also takes something off the base (its initialisation)"
-            )
-        elif spec.layout.groups > 1:
-            problems.append(
-                f"{spec.path}: a grouped convolution has no singular vectors in common with its adapter"
+                f"{path}: a grouped convolution has no singular vectors in common with its adapter"
             )
     if problems:
         hint = "Save the adapter as plain LoRA, or train one that leaves these layers out."

@@ -150,7 +150,7 @@ def _linear(description: Description, limit: int, unread: list[str]) -> Iterator
         if codec is None:
             unread.append(node.path)
         elif max(codec.layout(node.module).shape) <= limit:
-            _check_loaded(node.path, codec.state(node.module).weight)
+            _check_loaded(node.path, (*node.module.parameters(), *node.module.buffers()))
             yield _Weight(node.path, is_stack=False, matrices=partial(_whole, node))
 
 
@@ -170,7 +170,7 @@ def _stacks(description: Description, limit: int, suffixes: tuple[str, ...]) -> 
             parameter = wrapped.get(attribute, held)
             name = f"{node.path}.{attribute}" if node.path else attribute
             if name.endswith(suffixes) and parameter.ndim == 3 and max(parameter.shape[1:]) <= limit:
-                _check_loaded(name, parameter)
+                _check_loaded(name, [parameter])
                 yield _Weight(name, is_stack=True, matrices=partial(_each, parameter))
 
 
@@ -179,8 +179,8 @@ def _each(stack: Tensor) -> Iterator[Tensor]:
         yield matrix.to(torch.float32)
 
 
-def _check_loaded(name: str, weight: Tensor) -> None:
-    if weight.is_meta:
+def _check_loaded(name: str, tensors: Sequence[Tensor]) -> None:
+    if any(tensor.is_meta for tensor in tensors):
         raise UnsupportedError(f"{name}: its weight is on the meta device; load the model first")
 
 

@@ -17,6 +17,7 @@ from lorakit import (
 )
 from lorakit.errors import AdapterNameError, AdapterStateError, ConfigError, NonFiniteError, UnsupportedError
 from models import Snapshot, another, ids, logits, randomise, registry_of, tiny, tiny_llama, with_adapter
+from quantised import KINDS, Pair, pieces
 from zoo import adapted_zoo
 
 F64 = torch.float64
@@ -113,6 +114,24 @@ def test_large_weights_agree_with_the_full_decompositions(shape, loudness, dtype
     assert error <= 2e-5 * torch.linalg.norm(old)
     if loudness:
         assert report.kept.get("0", 1.0) == 1.0 or 0.5 < report.kept["0"] < 1.0
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind.name in {"nf4", "int8", "torchao-int4", "hqq-4"}], ids=str
+)
+def test_quantised_bases(kind):
+    """What the base multiplies by counts, not what it was quantised from."""
+    model = loud(get_peft_model(Pair(kind), LoraConfig(r=4, target_modules=["up", "down"])))
+    layers = registry_of(model).layers
+    held = {path: pieces(layer.get_base_layer()) for path, layer in layers.items()}
+    report = reduce_intruder_dimension(model, **QUIET)
+    assert list(report.intruders) == ["up", "down"]
+    assert min(report.intruders.values()) > 0
+    for path, layer in layers.items():
+        wanted, count = by_definition(layer.read_weight(F64), change(layer, "default")[0], 4)
+        assert report.intruders[path] == count
+        torch.testing.assert_close(change(layer, REDUCED)[0], wanted, rtol=1e-4, atol=1e-4)
+        assert pieces(layer.get_base_layer()) == held[path]
 
 
 def test_nothing_alien_is_copied_to_the_bit():

@@ -10,8 +10,11 @@ import lorakit
 from lorakit import LoraConfig, find_kappa_target_modules
 from lorakit.errors import ConfigError, NonFiniteError, UnsupportedError
 from lorakit.kappa import condition_numbers
+from lorakit.weights import find_codec
 from models import Snapshot, another, tiny, tiny_llama, with_adapter
+from quantised import KINDS, Pair, pieces
 
+BASES = {"nf4", "nf4-double", "int8", "torchao-int4", "hqq-4"}
 QUIET = {"show_progress": False}
 
 
@@ -128,12 +131,36 @@ class OddLinear(nn.Linear):
         self.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
 
 
-def test_what_cannot_be_read_is_named():
-    model = nn.Sequential(nn.Linear(4, 4), OddLinear())
+class Opaque(OddLinear):
+    """It multiplies by it in a way of its own."""
+
+    def forward(self, x):
+        return x @ self.weight.to(x.dtype)
+
+
+@pytest.mark.parametrize("kind", [OddLinear, Opaque])
+def test_what_cannot_be_read_is_named(kind):
+    model = nn.Sequential(nn.Linear(4, 4), kind())
     with pytest.warns(UserWarning, match=r"passed over, since their weights cannot be read: \['1'\]"):
         assert find_kappa_target_modules(model, **QUIET)["target_modules"] == ["0"]
     with pytest.raises(UnsupportedError, match=r"no linear layer.*not readable: \['0'\]"):
-        find_kappa_target_modules(nn.Sequential(OddLinear()), **QUIET)
+        find_kappa_target_modules(nn.Sequential(kind()), **QUIET)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.name in BASES], ids=str)
+def test_quantised_weights_are_read(kind):
+    model = Pair(kind)
+    held = {path: pieces(model.get_submodule(path)) for path in ("up", "down")}
+    found = condition_numbers(model, show_progress=False)
+    assert list(found.modules) == ["up", "widen", "down"]
+    for path in ("up", "down"):
+        module = model.get_submodule(path)
+        assert found.modules[path] == pytest.approx(
+            exact(find_codec(module).read(module, torch.float32)), rel=1e-4
+        )
+        assert pieces(module) == held[path]
+    adapted = lorakit.get_peft_model(model, LoraConfig(r=2, target_modules=["up", "widen"]))
+    assert condition_numbers(adapted, show_progress=False) == found
 
 
 REFUSED = [

@@ -14,6 +14,7 @@ from lorakit.errors import AdapterNameError, AdapterStateError, ConfigError, Uns
 from lorakit.optimizers import LoraFAOptimizer
 from lorakit.optimizers.lorafa import inverse_gram
 from models import Snapshot, another, ids, randomise, registry_of, tiny, tiny_llama, with_adapter
+from quantised import KINDS, Pair
 from zoo import adapted_zoo
 
 F64 = torch.float64
@@ -131,6 +132,26 @@ def test_several_adapters_ranks_and_scalings():
     for name in ("default", "other", "idle"):
         for key, tensor in adapter_of(model, name).items():
             torch.testing.assert_close(tensor, wanted[id(tensor)], msg=f"{name} {key}")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind for kind in KINDS if kind.name in {"nf4", "int8", "torchao-int4", "hqq-4"}], ids=str
+)
+@pytest.mark.parametrize("make", ["LoRA+", "LoRA-FA"])
+def test_quantised_bases(make, kind):
+    model = get_peft_model(Pair(kind), LoraConfig(r=4, target_modules=["up", "down"]))
+    if make == "LoRA+":
+        optimizer = lorakit.create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=4)
+    else:
+        optimizer = create_lorafa_optimizer(model, 4, 8, lr=1e-2)
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = model(ids()).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_only_h_is_kept_for_backward():
