@@ -60,14 +60,11 @@ if TYPE_CHECKING:
     from lorakit.intruders import IntruderReport, reduce_intruder_dimension
     from lorakit.kappa import find_kappa_target_modules
     from lorakit.kbit import prepare_model_for_kbit_training
-    from lorakit.intruders import IntruderReport, reduce_intruder_dimension
-    from lorakit.kappa import find_kappa_target_modules
     from lorakit.layers import LoraLayer, ModulesToSaveWrapper
     from lorakit.loading import LoadReport
     from lorakit.loftq import replace_lora_weights_loftq
     from lorakit.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
     from lorakit.report import MergeReport
-    from lorakit.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
     from lorakit.specs import AdapterSpec
     from lorakit.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
     from lorakit.status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
@@ -137,16 +134,13 @@ _HOMES = {
     "helpers": ("MontecloraTrainerMixin", "check_if_peft_model", "rescale_adapter_scale"),
     "hotswap": ("hotswap_adapter", "prepare_model_for_compiled_hotswap"),
     "intruders": ("IntruderReport", "reduce_intruder_dimension"),
-    "kappa": ("find_kappa_target_modules",),
     "kbit": ("prepare_model_for_kbit_training",),
-    "intruders": ("IntruderReport", "reduce_intruder_dimension"),
     "kappa": ("find_kappa_target_modules",),
     "layers": ("LoraLayer", "ModulesToSaveWrapper"),
     "loading": ("LoadReport",),
     "loftq": ("replace_lora_weights_loftq",),
     "optimizers": ("create_lorafa_optimizer", "create_loraplus_optimizer"),
     "report": ("MergeReport",),
-    "optimizers": ("create_lorafa_optimizer", "create_loraplus_optimizer"),
     "state_dict": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
     "status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
     "surgery": ("Plan",),
