@@ -158,7 +158,10 @@ def random_factors(shape, dtype=torch.float32, *, r=4, scaling=1.5, bias=False, 
 
 
 def bits(tensor):
-    """A digest of a tensor's bits, dtype and shape."""
+    """A digest of a tensor's bits, dtype and shape; of one of torchao's, of the tensors that it consists of."""
+    parts = getattr(type(tensor), "tensor_data_names", ())
+    if parts:
+        return " ".join(bits(getattr(tensor, name)) for name in parts)
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes()
     return hashlib.sha256(raw).hexdigest() + f" {tensor.dtype} {tuple(tensor.shape)}"
 
