@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorakit.config import LoraConfig
@@ -34,8 +35,9 @@ class _Source(NamedTuple):
     def of(path: str | os.PathLike[str]) -> _Source:
         """A local folder, or "user/repository", or "user/repository/a/folder/in/it"."""
         name = os.fspath(path)
-        parts = name.strip("/").split("/")
-        if os.path.exists(name) or len(parts) < 3:  # noqa: PTH110 - a repository's name is no path
+        parts = name.rstrip("/").split("/")
+        is_local = Path(name).exists() or parts[0] in {"", ".", "..", "~"}
+        if is_local or len(parts) < 3:
             return _Source(name, None)
         return _Source("/".join(parts[:2]), "/".join(parts[2:]))
 

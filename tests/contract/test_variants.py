@@ -48,6 +48,7 @@ class Variant(NamedTuple):
         factors: whether factors alone describe it (`layer.blocks`).
         composes: whether gradients under `torch.func` are those of a backward, and compiling gives one graph.
         samples: whether it takes an adapter for each sample.
+        written: what holds tensors that are never trained and that a step of training writes.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Variant(NamedTuple):
     factors: bool = True
     composes: bool = True
     samples: bool = True
+    written: str = ""
 
 
 MATRICES = ("linear", "conv1d")
@@ -67,6 +69,7 @@ VARIANTS = (
     Variant("kasa", {"kasa_config": {}}, MATRICES, is_base=False),
     Variant("bdlora_a", {"use_bdlora": {"target_modules_bd_a": ["nly"], "nblocks": 2}}, MATRICES),
     Variant("bdlora_b", {"use_bdlora": {"target_modules_bd_b": ["only"], "nblocks": 2}}, MATRICES),
+    Variant("velora", {"velora_config": {"num_groups": 5}}, MATRICES, written="lora_velora_embed"),
     Variant("qalora", {"use_qalora": True, "qalora_group_size": 4}, MATRICES),
     # its spread has no gradient in eval mode; in training it is looked at in tests/unit/variants
     Variant("monteclora", {"monteclora_config": {"num_samples": 3}}, MATRICES, composes=False),
@@ -261,7 +264,8 @@ def test_training_moves_what_is_trained_and_nothing_else(variant, row):
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.7 * losses[0]
     for name, p in model.named_parameters():
-        assert (bits(p) != before[name]) == p.requires_grad, name
+        written = bool(variant.written) and variant.written in name
+        assert (bits(p) != before[name]) == (p.requires_grad or written), name
     frozen = {id(p) for p in layer_of(model).frozen_tensors("a")}
     assert {id(p) for p in layer_of(model).parameters_of("a")} - frozen == {
         id(p) for p in model.parameters() if p.requires_grad

@@ -61,7 +61,7 @@ def normalised(direction: Tensor) -> Tensor:
 
 
 def projected_linear(x: Tensor, A: Tensor, direction: Tensor, projection: Projection) -> Tensor:
-    """`A drop(x)`, (..., r), in the dtype that `torch.nn.functional.linear` would give.
+    """`A drop(x)`, (..., r), in the dtype that `torch.nn.functional.linear` would give; no graph holds it.
 
     Args:
         x: (..., in), any dtype.
@@ -71,6 +71,21 @@ def projected_linear(x: Tensor, A: Tensor, direction: Tensor, projection: Projec
     """
     h: Tensor = _ProjectedLinear.apply(x, A, direction, projection)[0]  # type: ignore[no-untyped-call]
     return h
+
+
+def projected_reference(x: Tensor, A: Tensor, direction: Tensor, projection: Projection) -> Tensor:
+    """The specification of `projected_linear` without dropout, in plain torch calls; it keeps more.
+
+    Args:
+        x: (..., in).
+        A: (r, in), any dtype.
+        direction: (group_size(in, groups),).
+        projection: see `Projection`; without dropout.
+    """
+    along = _grouped(x.detach(), projection.groups) @ direction.to(x.dtype)
+    rows = (along.unsqueeze(-1) * direction.to(x.dtype) * projection.scale).flatten(-2)[..., : x.shape[-1]]
+    seen = linear(rows, A.to(x.dtype))
+    return linear(x, A.detach().to(x.dtype)) + (seen - seen.detach())
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:

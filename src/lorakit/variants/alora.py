@@ -105,6 +105,8 @@ class ALora:
     parts: ClassVar[Mapping[str, PartName]] = {}
     frozen: ClassVar[frozenset[str]] = frozenset()
     merges: ClassVar[bool] = False
+    reads: ClassVar[bool] = False
+    finish: ClassVar[None] = None
 
     def shapes(self, path: str, layout: Layout, r: int) -> Mapping[str, tuple[int, ...]]:  # noqa: ARG002
         """Nothing beside the factors."""

@@ -77,6 +77,8 @@ class Arrow:
     parts: ClassVar[Mapping[str, PartName]] = MappingProxyType({})
     frozen: ClassVar[frozenset[str]] = frozenset({"A", "B"})
     merges: ClassVar[bool] = False
+    reads: ClassVar[bool] = False
+    finish: ClassVar[None] = None
 
     def shapes(self, path: str, layout: Layout, r: int) -> Mapping[str, tuple[int, ...]]:  # noqa: ARG002
         """Nothing beside the factors, which a file has and nothing computes with."""
@@ -199,7 +201,8 @@ class Arrow:
 def prototype(A: Tensor, B: Tensor) -> Tensor:
     """(in,), in fp32 at least: the right singular vector of the largest singular value of B A; zero for a zero B A."""
     wide = torch.promote_types(A.dtype, torch.float32)
-    svd = low_rank_svd([Factors(A.detach().to(wide), B.detach().to(wide), 1.0)], rank=1)
+    with torch.autocast(A.device.type, enabled=False):
+        svd = low_rank_svd([Factors(A.detach().to(wide), B.detach().to(wide), 1.0)], rank=1)
     return svd.Vh[0] * (svd.S[0] > 0)
 
 

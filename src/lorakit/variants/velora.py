@@ -11,7 +11,14 @@ from torch.nn.functional import linear
 
 from lorakit.ops.dropout import draw_seeds
 from lorakit.ops.reference import must_compose
-from lorakit.ops.velora import Projection, group_size, mean_direction, normalised, projected_linear
+from lorakit.ops.velora import (
+    Projection,
+    group_size,
+    mean_direction,
+    normalised,
+    projected_linear,
+    projected_reference,
+)
 from lorakit.specs import PartName
 from lorakit.variants.variant import Effect
 
@@ -54,6 +61,8 @@ class Velora:
     )
     frozen: ClassVar[frozenset[str]] = frozenset({"direction"})
     merges: ClassVar[bool] = True
+    reads: ClassVar[bool] = False
+    finish: ClassVar[None] = None
 
     def shapes(self, path: str, layout: Layout, r: int) -> Mapping[str, tuple[int, ...]]:  # noqa: ARG002
         """The direction is as long as a group."""
@@ -82,12 +91,13 @@ class Velora:
         if not trains:
             return call.add(y, call.dropped() if call.rate else x, held)
         direction = self._direction(x.detach(), call)
-        if call.rate and not must_compose(x, ()):
-            drawn = Projection(self.groups, self.scale, call.rate, draw_seeds(1)[0])
-            h = projected_linear(x, held.A, direction, drawn)
-        else:
+        if must_compose(x, ()):
             dropped = call.dropped() if call.rate else x
-            h = projected_linear(dropped, held.A, direction, Projection(self.groups, self.scale))
+            h = projected_reference(dropped, held.A, direction, Projection(self.groups, self.scale))
+        else:
+            seed = draw_seeds(1)[0] if call.rate else 0
+            drawn = Projection(self.groups, self.scale, call.rate, seed)
+            h = projected_linear(x, held.A, direction, drawn)
         h = h * held.scaling
         y = y + linear(h, held.B.to(h.dtype)).to(y.dtype)
         return y if held.bias is None else y + (held.bias * held.scaling).to(y.dtype)
