@@ -2,7 +2,7 @@
 
 On a CPU with bf16 instructions `Linear4bit` packs its weight for them in place, at the first call in eval mode. The
 packed form holds its scales rounded to bf16, gives no gradient, and is saved wrongly. `guard` therefore keeps the
-scales (which packing lets go) and unpacks, bit for bit, before a call that is differentiated and before a state dict.
+scales (which packing lets go) and unpacks, bit for bit, before a call that trains and before a state dict.
 """
 
 from __future__ import annotations
@@ -154,12 +154,12 @@ def _unpack(weight: nn.Parameter) -> None:
 
 
 def _before_call(base: nn.Module, args: tuple[Any, ...]) -> None:
-    """Keep what the call may overwrite; unpack where it is differentiated with respect to the input."""
+    """Keep what the call may overwrite; unpack for a call that would not have packed."""
     weight: Any = base.weight
     state = _quant_state(base)
     if not _is_packed(state):
         state.kept_scales = _scales(state)
-    elif torch.is_grad_enabled() and any(getattr(arg, "requires_grad", False) for arg in args):
+    elif base.training or any(getattr(arg, "requires_grad", False) for arg in args):
         _unpack(weight)
 
 
