@@ -192,11 +192,7 @@ def put_in_place(model: nn.Module, plan: Plan, name: str, tensors: Mapping[str, 
         return attach(model, plan, name, tensors=tensors)
     own = {item.file_name: item.tensor for item in registry.tensors(name)}
     scalings = {path: layer.scaling[name] for path, layer in registry.layers.items() if name in layer.scaling}
-    offsets = {
-        path: layer.lora_offset[name]
-        for path, layer in registry.layers.items()
-        if layer.lora_offset is not None and name in layer.lora_offset
-    }
+    offsets = _offsets(registry, name)
     former = {file_name: tensor.detach() for file_name, tensor in own.items()}
     former_plan = plan_again(registry, name, former, replacing=name)
     active, flags = registry.active, _flags(registry)
@@ -244,10 +240,23 @@ def plan_again(
         tensors: its tensors by file name.
         replacing: its name, if it is to be gone then.
     """
-    plan = make_plan(registry.model, registry.configs[name], source="file", replacing=replacing)
+    began = registry.configs[name]
+    # it begins no more: what it takes off the base, if anything, is at hand
+    config = replace(began, init_lora_weights=True) if _offsets(registry, name) else began
+    plan = make_plan(registry.model, config, source="file", replacing=replacing)
+    plan = replace(plan, config=replace(plan.config, init_lora_weights=began.init_lora_weights))
     plan, _ = with_ties_as_found(without_absent_ties(plan, tensors), tensors, "the model")
     replaced = [key for key, slot in registry.slots.items() if name in slot.copies]
     return replace(plan, base_weights=tuple(key for key in replaced if key not in plan.biases))
+
+
+def _offsets(registry: AdapterRegistry, name: str) -> dict[str, nn.Module]:
+    """What an adapter takes off the base, by path of the layer."""
+    return {
+        path: layer.lora_offset[name]
+        for path, layer in registry.layers.items()
+        if layer.lora_offset is not None and name in layer.lora_offset
+    }
 
 
 def _named(registry: AdapterRegistry) -> dict[tuple[str, str], Tensor]:

@@ -215,10 +215,12 @@ def test_combining_takes_what_the_adapter_adds():
     assert torch.allclose(logits(model), wanted, atol=1e-6)
 
 
-def test_replacing_that_fails_brings_it_back(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name_of_scheme", ["gaussian", "pissa"])
+def test_replacing_that_fails_brings_it_back(name_of_scheme, tmp_path, monkeypatch):
     from lorakit.layers import LoraLayer
 
     model = moved(begun())
+    model.peft_config["default"].init_lora_weights = name_of_scheme  # a file of "pissa" would be refused
     adapted_zoo().save_pretrained(tmp_path)
     wanted, real, calls = logits(model), LoraLayer.add_stored, []
 
@@ -232,6 +234,7 @@ def test_replacing_that_fails_brings_it_back(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError):
         model.load_adapter(tmp_path, "default", replace=True)
     assert torch.equal(logits(model), wanted)
+    assert model.peft_config["default"].init_lora_weights == name_of_scheme
 
 
 # ---- adapters on a base that was changed elsewhere ------------------------------------------------------
