@@ -18,8 +18,14 @@ from torch.func import functional_call, grad
 from torch.utils.checkpoint import checkpoint
 
 from contract.rows import ROWS, data, weight_of
-from lorakit import LoraConfig, PeftModel, get_peft_model
-from lorakit.errors import AdapterError, NonFiniteError, UnsupportedError
+from lorakit import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    hotswap_adapter,
+    prepare_model_for_compiled_hotswap,
+)
+from lorakit.errors import AdapterError, AdapterStateError, NonFiniteError, PlanError, UnsupportedError
 from models import Snapshot, bits, randomise, registry_of
 
 if TYPE_CHECKING:
@@ -489,6 +495,19 @@ def test_copies(variant, row, way):
     randomise(made, "a", 9)
     assert torch.equal(outputs(model, x), wanted)
     assert not torch.equal(outputs(made, x), wanted)
+
+
+@variants()
+def test_exchanging_it_in_place_is_refused_by_name(variant, tmp_path):
+    model = model_of(variant, KINDS["linear"])
+    model.save_pretrained(tmp_path, selected_adapters=["a"])
+    field = next(iter(variant.changes))
+    before = Snapshot(model)
+    with pytest.raises(PlanError, match=f"{field}: the loaded adapter is .*, which cannot be exchanged"):
+        hotswap_adapter(model, tmp_path / "a", "a")
+    with pytest.raises(AdapterStateError, match=r"only: adapter 'a' is .*, which cannot be exchanged"):
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
+    before.assert_same(model)
 
 
 # ---- torch.compile --------------------------------------------------------------------------------------

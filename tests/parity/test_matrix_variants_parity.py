@@ -348,3 +348,17 @@ def test_two_of_their_tensors_stay_what_the_file_says(tmp_path):
             name = key.replace("sampler.", "sampler.default.")
             assert torch.equal(before[name], value)
             assert torch.equal(values(ours)[name], value)
+
+
+def test_their_qalora_on_a_plain_base_is_plain_lora(tmp_path):
+    """The flag is ignored there, so the file holds a whole A; it is refused for that, and loads as what it is."""
+    fields = {"r": 4, "target_modules": ["first"]}
+    theirs = peft.get_peft_model(
+        build("plain"), peft.LoraConfig(**fields, use_qalora=True, qalora_group_size=4)
+    )
+    randomize(theirs)
+    theirs.eval().save_pretrained(tmp_path)
+    with pytest.raises(lorakit.KeyMismatchError, match="lora_A"):
+        lorakit.PeftModel.from_pretrained(build("plain"), tmp_path)
+    ours = lorakit.PeftModel.from_pretrained(build("plain"), tmp_path, config=lorakit.LoraConfig(**fields))
+    torch.testing.assert_close(output_of(ours, "plain"), output_of(theirs, "plain"), atol=1e-6, rtol=1e-5)

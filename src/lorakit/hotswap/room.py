@@ -45,7 +45,8 @@ def prepare_model_for_compiled_hotswap(
 
     Raises:
         AdapterNameError: the model carries no adapter.
-        AdapterStateError: the model is compiled, or an adapter's rank is larger than `target_rank`.
+        AdapterStateError: the model is compiled, or an adapter's rank is larger than `target_rank`, or it is more than
+            plain LoRA.
         ConfigError: an argument is not what it should be. Nothing was changed after any of these.
     """
     registry, _ = registry_of(model)
@@ -94,6 +95,10 @@ def _check_rank(places: Sequence[tuple[str, LoraLayer, str]], rank: int) -> None
     for path, layer, name in places:
         if layer.r[name] > rank:
             problems.append(f"{path}: adapter {name!r} has rank {layer.r[name]}")
+        if name in layer.variants:
+            problems.append(
+                f"{path}: adapter {name!r} is {layer.variants[name].name}, which cannot be exchanged in place"
+            )
         if rank % layer.layout.groups:
             problems.append(f"{path}: a rank must be divisible by the {layer.layout.groups} groups there")
     if problems:

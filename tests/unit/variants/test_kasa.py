@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit import KasaConfig, LoraConfig, PeftModel, get_peft_model, plan
-from lorakit.errors import PlanError
+from lorakit.errors import AdapterNameError, PlanError
 from models import Snapshot, bits, logits, randomise, registry_of, tiny
 
 R, IN, OUT = 3, 10, 7
@@ -181,6 +181,8 @@ def test_the_penalty_is_the_sum_over_layers_and_adapters():
     )
     assert model.get_adapter_loss("plain") == 0.0
     assert model._get_monteclora_loss() == 0.0
+    with pytest.raises(AdapterNameError, match="none"):
+        model.get_adapter_loss("none")
     trained = [p for p in model.parameters() if p.requires_grad]
     grads = torch.autograd.grad(wanted, trained)
     for one, two in zip(torch.autograd.grad(model.get_adapter_loss(), trained), grads, strict=True):
