@@ -12,7 +12,7 @@ from lorakit.layers.base import LoraLayer
 from lorakit.layers.factors import acting_rate, let_go, plain_linear
 from lorakit.layers.hooks import is_observed, may_keep_output
 from lorakit.layers.mixing import BankKeeper, rows_by_sample
-from lorakit.layers.varied import add_by_sample, add_variants, offset_of, parted, parted_by_sample
+from lorakit.layers.varied import add_by_sample, add_variants, call_of, offset_of, parted, parted_by_sample
 from lorakit.layers.whole import acting_on_all, changed_stand_in
 from lorakit.ops import Term, lora_add, lora_grouped, lora_linear
 from lorakit.weights.dense import conv1d_class
@@ -57,6 +57,10 @@ class Linear(LoraLayer):
             output: Tensor = self.base_layer(x, *args, **kwargs)
             return output
         factors, varied = parted(self, route)
+        if varied and len(route) == 1:
+            found = self._finished(varied[0], args, kwargs, x)
+            if found is not None:
+                return found
         terms = self._terms(factors)
         if not varied and self.token_adapter is None and terms is not None:
             return self._base_and(terms, args, kwargs, x)
@@ -104,6 +108,20 @@ class Linear(LoraLayer):
             return lora_linear(x, held.weight, held.bias, terms, transposed=self.layout.transposed)
         y: Tensor = base(x, *args, **kwargs)
         return lora_add(self._given_away(y), x, terms) if terms else y
+
+    def _finished(
+        self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], x: Tensor
+    ) -> Tensor | None:
+        """What the only acting adapter makes of the plain sum, where its variant is no more than that; else None."""
+        finish = self.variants[name].finish
+        if finish is None or acting_rate(self.lora_dropout[name]):
+            return None
+        terms = self._terms([name])
+        if terms is None:
+            return None
+        y = self._base_and(terms, args, kwargs, x)
+        again = partial(self._base_and, (), args, kwargs)
+        return finish(y, call_of(self, name, y, x, again, self._add))
 
     def _add_one(self, base: Callable[[Tensor], Tensor], name: str, y: Tensor, x: Tensor) -> Tensor:
         """Y, given away, with what one adapter adds that has a variant or an offset."""

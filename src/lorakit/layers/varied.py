@@ -182,6 +182,36 @@ def parted_by_sample(layer: HoldingLayer, names: Sequence[str]) -> tuple[tuple[s
     return tuple(name for name in plain if name not in apart), (*varied, *apart)
 
 
+def call_of(
+    layer: HoldingLayer,
+    name: str,
+    base_y: Tensor,
+    x: Tensor,
+    base: Callable[[Tensor], Tensor],
+    add: Callable[[Tensor, Tensor, Held], Tensor],
+) -> Call:
+    """The running call as the variant of one adapter sees it; see `add_variants`."""
+    dropout, state = layer.lora_dropout[name], layer._original_state()
+    return Call(
+        x=x,
+        base_y=base_y,
+        bias=state.bias,
+        layout=layer.layout,
+        held=held_by(layer, name),
+        rate=acting_rate(dropout),
+        dropped=partial(dropout, x),
+        training=layer.training,
+        base=base,
+        add=add,
+        weight=layer.read_weight,
+        stored=state.weight,
+        kept=layer.kept.setdefault(name, {}),
+        peer=partial(held_by, layer),
+        peers=partial(plain_on, layer),
+        chosen=carried_by(layer.owner, name),
+    )
+
+
 def add_variants(
     layer: HoldingLayer,
     names: Sequence[str],
@@ -204,26 +234,7 @@ def add_variants(
     for number, name in enumerate(names):
         if number == 0 and len(names) > 1:
             y = y.clone()  # the others need what the base gave
-        dropout = layer.lora_dropout[name]
-        call = Call(
-            x=x,
-            base_y=base_y,
-            bias=layer.codec.state(layer.get_base_layer()).bias,
-            layout=layer.layout,
-            held=held_by(layer, name),
-            rate=acting_rate(dropout),
-            dropped=partial(dropout, x),
-            training=layer.training,
-            base=base,
-            add=add,
-            weight=layer.read_weight,
-            stored=layer.original_weight,
-            kept=layer.kept.setdefault(name, {}),
-            peer=partial(held_by, layer),
-            peers=partial(plain_on, layer),
-            chosen=carried_by(layer.owner, name),
-        )
-        y = layer.variants[name].forward(y, call)
+        y = layer.variants[name].forward(y, call_of(layer, name, base_y, x, base, add))
         offset = offset_of(layer, name)
         if offset is not None:
             y = add(y, x, offset)

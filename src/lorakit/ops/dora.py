@@ -110,7 +110,7 @@ def _pieces(values: Tensor) -> tuple[Tensor, ...]:
 
 def by_row(rows: Tensor, space: int) -> Tensor:
     """(out,) numbers in the shape that multiplies (..., out, *space)."""
-    return rows.view(-1, *(1,) * space)
+    return rows.view(-1, *(1,) * space) if space else rows
 
 
 def scaled_rows(gain: Tensor, B: Tensor) -> Tensor:
@@ -131,40 +131,37 @@ def shifted(y: Tensor, base_y: Tensor, bias: Tensor | None, change: Tensor, spac
         space: how many dimensions come after out.
     """
     inner = base_y if bias is None else base_y - by_row(bias, space).to(base_y.dtype)
-    return torch.addcmul(y, inner, by_row(change, space).to(y.dtype))
+    return torch.addcmul(y, inner, by_row(change.to(y.dtype), space))
 
 
 class Rescale(torch.autograd.Function):
-    """`g (y - bias) + bias` and `g B` for `g = magnitude / norms`: keeps y, and what is no longer than a row.
+    """`g (y - bias) + bias` for `g = magnitude / norms`: keeps y, and what is no longer than a row.
 
-    y (..., out, *space) is `W x + bias` and is not written to; bias (out,) or None; magnitude (out,); B (out, r, *1)
-    with a 1 for each dimension of space; norms (out,), taken to be constant.
+    y (..., out, *space) is not written to; bias (out,) or None; magnitude (out,); norms (out,), taken to be constant;
+    `space` says how many dimensions come after out.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, bias: Tensor | None, magnitude: Tensor, B: Tensor, norms: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The two; out of autocast."""
-        gain = magnitude / norms
-        ctx.save_for_backward(y if ctx.needs_input_grad[2] else None, bias, magnitude, B, norms)
-        return shifted(y, y, bias, gain - 1, B.ndim - 2), scaled_rows(gain, B)
+        ctx: Any, y: Tensor, bias: Tensor | None, magnitude: Tensor, norms: Tensor, space: int
+    ) -> Tensor:
+        """The rescaled output, in the dtype of y."""
+        ctx.save_for_backward(y if ctx.needs_input_grad[2] else None, bias, magnitude, norms)
+        ctx.space = space
+        return shifted(y, y, bias, magnitude / norms - 1, space)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, dB_scaled: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients; differentiable in turn."""
-        y, bias, magnitude, B, norms = ctx.saved_tensors
-        need_y, need_bias, need_magnitude, need_B, _ = ctx.needs_input_grad
-        space = B.ndim - 2
-        gain = magnitude / norms
-        dy_in = shifted(dy, dy, None, gain - 1, space) if need_y else None
-        dbias = ((1 - gain) * _sum_by_row(dy, space)).to(bias.dtype) if need_bias else None
+        y, bias, magnitude, norms = ctx.saved_tensors
+        need_y, need_bias, need_magnitude = ctx.needs_input_grad[:3]
+        space, change = ctx.space, magnitude / norms - 1
+        dbias = (-change * _sum_by_row(dy, space)).to(bias.dtype) if need_bias else None
         dmagnitude = None
         if need_magnitude:
             inner = y if bias is None else y - by_row(bias, space).to(y.dtype)
-            dgain = _sum_by_row(dy * inner, space) + (B * dB_scaled).flatten(1).sum(dim=1)
-            dmagnitude = (dgain / norms).to(magnitude.dtype)
-        return dy_in, dbias, dmagnitude, scaled_rows(gain, dB_scaled) if need_B else None, None
+            dmagnitude = (_sum_by_row(dy * inner, space) / norms).to(magnitude.dtype)
+        return shifted(dy, dy, None, change, space) if need_y else None, dbias, dmagnitude, None, None
 
 
 def _sum_by_row(t: Tensor, space: int) -> Tensor:

@@ -51,6 +51,8 @@ class BdLora:
     parts: ClassVar[Mapping[str, PartName]] = MappingProxyType({})
     frozen: ClassVar[frozenset[str]] = frozenset()
     merges: ClassVar[bool] = True
+    reads: ClassVar[bool] = False
+    finish: ClassVar[None] = None
 
     def _blocked(self, path: str) -> str:
         """Which factor is block-diagonal on this module: "A", "B", "AB" for both lists name it, or none."""

@@ -52,8 +52,7 @@ class _Gain(NamedTuple):
     tensors: tuple[Tensor, ...]
     scaling: float | Tensor
     stamp: Stamp
-    change: Tensor
-    B: Tensor
+    change: Tensor  # gain - 1, in the dtype of the output
 
     def is_of(self, tensors: tuple[Tensor, ...], scaling: float | Tensor) -> bool:
         same = all(now is then for now, then in zip(tensors, self.tensors, strict=True))
@@ -78,6 +77,7 @@ class Dora:
     }
     frozen: ClassVar[frozenset[str]] = frozenset()
     merges: ClassVar[bool] = True
+    reads: ClassVar[bool] = True
 
     def shapes(self, path: str, layout: Layout, r: int) -> Mapping[str, tuple[int, ...]]:  # noqa: ARG002 - the contract's
         """(out,), and of convolutions (1, out, 1, ...)."""
@@ -106,10 +106,23 @@ class Dora:
 
     def forward(self, y: Tensor, call: Call) -> Tensor:
         """See `Variant.forward`."""
+        if y is call.base_y and not call.rate:
+            return self.finish(call.add(y, call.x, call.held), call)
         x, base_y = (call.dropped(), None) if call.rate else (call.x, call.base_y)
         base_y = call.base(x) if base_y is None else base_y
-        y, B = _rescaled(y, base_y, call)
-        return call.add(y, x, replace(call.held, B=B))
+        gain = _gain(call)
+        y = shifted(y, base_y, call.bias, gain - 1, call.held.B.ndim - 2)
+        return call.add(y, x, replace(call.held, B=scaled_rows(gain, call.held.B)))
+
+    def finish(self, y: Tensor, call: Call) -> Tensor:
+        """`g (y - bias) + bias` for y = W x + bias + s B A x, which is not written to."""
+        space = call.held.B.ndim - 2
+        if _must_compose(call):
+            return shifted(y, y, call.bias, _magnitude(call.held) / _norms(call) - 1, space)
+        if not torch.is_grad_enabled():
+            return shifted(y, y, call.bias, _change(call, y.dtype), space)
+        rescaled: Tensor = Rescale.apply(y, call.bias, _magnitude(call.held), _norms(call), space)  # type: ignore[no-untyped-call]
+        return rescaled
 
     def penalty(self, held: Held, kept: Mapping[str, Any], count: int, *, training: bool) -> None:
         """Nothing is added to a loss."""
@@ -126,60 +139,50 @@ def from_config(config: LoraConfig) -> Dora | None:
     return Dora() if config.use_dora else None
 
 
-def _rescaled(y: Tensor, base_y: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """Y with the base's part of it rescaled, and the rescaled B."""
-    held, kept, magnitude = call.held, call.kept, _magnitude(call.held)
-    space = held.B.ndim - 2
-    if _must_compose(base_y, magnitude, call):
-        gain = magnitude / _norms_of(held, _matrix(call))
-        return shifted(y, base_y, call.bias, gain - 1, space), scaled_rows(gain, held.B)
-    if not torch.is_grad_enabled():
-        found = _gain(call)
-        return shifted(y, base_y, call.bias, found.change, space), found.B
-    # an optimiser's step may be a write that no version counts (a fused one, or one through `.data`)
-    kept.pop("gain", None)
-    norms = _norms(call)
-    if base_y is y:
-        rescaled: tuple[Tensor, Tensor] = Rescale.apply(y, call.bias, magnitude, held.B, norms)  # type: ignore[no-untyped-call]
-        return rescaled
-    gain = magnitude / norms
-    return shifted(y, base_y, call.bias, gain - 1, space), scaled_rows(gain, held.B)
+def _gain(call: Call) -> Tensor:
+    """Magnitude over norm: (out,)."""
+    if torch.is_grad_enabled() or _must_compose(call):
+        return _magnitude(call.held) / _norms(call)
+    return _change(call, _wide(call.held.A)) + 1
 
 
-def _must_compose(base_y: Tensor, magnitude: Tensor, call: Call) -> bool:
-    held = call.held
-    if type(base_y) not in PLAIN or type(magnitude) not in PLAIN:
-        return True
-    return must_compose(call.x, [Term(held.A, held.B, None, held.scaling, 0.0)])
-
-
-def _gain(call: Call) -> _Gain:
-    """What to rescale by, kept while nobody trains or changes what it follows from."""
+def _change(call: Call, dtype: torch.dtype) -> Tensor:
+    """Magnitude over norm, less 1: (out,), kept while nobody trains or changes what it follows from."""
     held = call.held
     tensors = (call.stored, held.A, held.B, held.parts["magnitude"])
     kept: Any = call.kept.get("gain")
-    if kept is not None and kept.is_of(tensors, held.scaling):
-        found: _Gain = kept
+    if kept is not None and kept.change.dtype == dtype and kept.is_of(tensors, held.scaling):
+        found: Tensor = kept.change
         return found
-    stamped = (*tensors, held.scaling) if isinstance(held.scaling, torch.Tensor) else tensors
-    stamp = Stamp.of(stamped)
-    gain = _magnitude(held) / _norms(call)
-    found = _Gain(tensors, held.scaling, stamp, gain - 1, scaled_rows(gain, held.B))
-    call.kept["gain"] = found
-    return found
+    stamp = Stamp.of((*tensors, held.scaling) if isinstance(held.scaling, torch.Tensor) else tensors)
+    change = (_magnitude(held) / _norms(call) - 1).to(dtype)
+    call.kept["gain"] = _Gain(tensors, held.scaling, stamp, change)
+    return change
 
 
 def _norms(call: Call) -> Tensor:
     """The norms, of which what W alone contributes is kept while W is the same."""
-    W = _matrix(call)
-    stored = call.stored
-    kept: Any = call.kept.get("squares")
-    if kept is None or not kept.are_of(stored):
+    W, stored, kept = _matrix(call), call.stored, call.kept
+    if _must_compose(call):
+        return _norms_of(call.held, W)
+    if torch.is_grad_enabled():
+        # an optimiser's step may be a write that no version counts (a fused one, or one through `.data`)
+        kept.pop("gain", None)
+    squares: Any = kept.get("squares")
+    if squares is None or not squares.are_of(stored):
         with torch.no_grad():
-            kept = _Squares(stored, Stamp.of([stored]), row_squares(W))
+            squares = _Squares(stored, Stamp.of([stored]), row_squares(W))
         if not stored.requires_grad:  # one that is trained changes unseen, as above
-            call.kept["squares"] = kept
-    return _norms_of(call.held, W, kept.squares)
+            kept["squares"] = squares
+    return _norms_of(call.held, W, squares.squares)
+
+
+def _must_compose(call: Call) -> bool:
+    """Whether everything must be plain torch calls, and nothing be kept."""
+    held = call.held
+    if type(call.base_y) not in PLAIN or type(held.parts["magnitude"]) not in PLAIN:
+        return True
+    return must_compose(call.x, [Term(held.A, held.B, None, held.scaling, 0.0)])
 
 
 def _norms_of(held: Held, W: Matrix, squares: Tensor | None = None) -> Tensor:

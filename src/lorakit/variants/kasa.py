@@ -49,6 +49,8 @@ class Kasa:
     parts: ClassVar[Mapping[str, PartName]] = MappingProxyType({"diag": PartName("lora_diag", "lora_diag")})
     frozen: ClassVar[frozenset[str]] = frozenset()
     merges: ClassVar[bool] = True
+    reads: ClassVar[bool] = True
+    finish: ClassVar[None] = None
 
     def shapes(self, path: str, layout: Layout, r: int) -> Mapping[str, tuple[int, ...]]:  # noqa: ARG002 - the contract's
         """The diagonal is (r,)."""

@@ -69,6 +69,8 @@ class Monteclora:
     # Of these two PEFT keeps what the last step drew; nothing but the penalty before a first step reads them.
     frozen: ClassVar[frozenset[str]] = frozenset({"gaussian_var_prior", "expert_weights"})
     merges: ClassVar[bool] = True
+    reads: ClassVar[bool] = False
+    finish: ClassVar[None] = None
 
     def shapes(self, path: str, layout: Layout, r: int) -> Mapping[str, tuple[int, ...]]:  # noqa: ARG002 - the contract's
         """Log deviations (r,), log concentrations (samples,), a variance (r, r), weights (samples,)."""

@@ -40,6 +40,8 @@ class QaLora:
     parts: ClassVar[Mapping[str, PartName]] = MappingProxyType({})
     frozen: ClassVar[frozenset[str]] = frozenset()
     merges: ClassVar[bool] = True
+    reads: ClassVar[bool] = False
+    finish: ClassVar[None] = None
 
     def shapes(self, path: str, layout: Layout, r: int) -> Mapping[str, tuple[int, ...]]:  # noqa: ARG002 - the contract's
         """A is (r, in / size)."""

@@ -123,6 +123,10 @@ class Variant(PlannedVariant, Protocol):
         frozen: which of "A", "B" and its parts are never trained.
         shapes: for a path, layout and rank the shapes of its parts, and of "A" and "B" where they are not the layout's.
         merges: whether `effect` describes it, so that it can be merged; otherwise `effect` raises.
+        reads: whether it needs to know the base weight, which not every quantised layer lets it.
+        finish: what it makes of the base's output plus the plain product when it acts alone and without dropout, in the
+            same form as `forward` does; a layer may compute that sum in one step. `base_y` of the call is the sum
+            itself. None where it needs another product.
     """
 
     @property
@@ -133,6 +137,12 @@ class Variant(PlannedVariant, Protocol):
 
     @property
     def merges(self) -> bool: ...  # noqa: D102
+
+    @property
+    def reads(self) -> bool: ...  # noqa: D102
+
+    @property
+    def finish(self) -> Callable[[Tensor, Call], Tensor] | None: ...  # noqa: D102
 
     def why_not(self, path: str, layout: Layout, r: int) -> str:
         """Why it cannot be on this weight with this rank, or an empty text."""
