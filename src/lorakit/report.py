@@ -21,8 +21,9 @@ class MergeReport:
 
     Attributes:
         errors: by the path of each layer with a quantised weight, `|merged - (W + delta)| / |delta|` in the Frobenius
-            norm, where `merged` is what the base computes with after rounding: 0 if nothing was lost, about 1 if the
-            adapter's effect was. Layers in full precision are not listed; nor are those merged into it.
+            norm, where `merged` is what the base computes with after rounding: 0 if nothing was lost, 1 if the whole
+            effect was, and the weight was left as it is. Layers in full precision are not listed; nor are those merged
+            into it.
     """
 
     errors: Mapping[str, float] = field(default_factory=dict)

@@ -215,8 +215,13 @@ def test_the_error_is_what_it_says(case):
 def test_a_small_change_is_lost_and_the_error_says_so(case):
     base = case.make()
     codec = find_codec(base)
-    state = codec.merged(base, codec.state(base), change(size=0.002))
-    assert state.error > 0.3
+    for size in (0.02, 0.002):
+        state = codec.merged(base, codec.state(base), change(size=size))
+        wanted = dense_sum(codec.read(base, torch.float32), change(size=size))
+        off = (codec.read(base, torch.float32, state) - wanted).norm()
+        assert off <= 1.001 * (codec.read(base, torch.float32) - wanted).norm(), "further away than unmerged"
+        assert (state.error == 1) == (state.weight is codec.state(base).weight)
+    assert 0.3 < state.error <= 1
 
 
 @each

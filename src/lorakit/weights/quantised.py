@@ -1,7 +1,8 @@
 """What all quantised weights have in common: they are read in fp32, changed there, and rounded to their grid again.
 
 The error of a merge is measured on what the base will compute with: `|quantised(W + delta) - (W + delta)| / |delta|`
-in the Frobenius norm. It is 0 where nothing was lost, and 1 where the adapters might as well not have been merged.
+in the Frobenius norm. It is 0 where nothing was lost, and 1 where the adapters might as well not have been merged. It is
+never more: a weight that quantising again would take further away than that is left as it was.
 """
 
 from __future__ import annotations
@@ -131,7 +132,8 @@ class QuantisedCodec(ABC):
     ) -> WeightState:
         """W + sum of the deltas in fp32, rounded to the grid; a weight that does not change keeps its very bits.
 
-        The error is NaN, and nothing is quantised, where the sum is not finite.
+        So does one that would come out no nearer to the sum than it was. The error is NaN, and nothing is quantised,
+        where the sum is not finite.
         """
         before = self.read(base, torch.float32, state)
         wanted = add_blocks(self.layout(base), nn.Parameter(before), adapters, rows).detach()
@@ -145,6 +147,8 @@ class QuantisedCodec(ABC):
             return state._replace(error=float("nan"))
         weight, more = self.quantised(base, wanted)
         error = (self.dequantised(Stored(weight, more)) - wanted).norm().item() / change
+        if error >= 1.0:
+            return state._replace(bias=bias, error=1.0)
         return WeightState(weight, bias, more=more, error=error)
 
     def swap(self, base: nn.Module, state: WeightState) -> WeightState:
