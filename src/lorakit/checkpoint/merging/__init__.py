@@ -1,0 +1,1 @@
+"""Merging adapters into a checkpoint on disk, tensor by tensor, without any model."""
