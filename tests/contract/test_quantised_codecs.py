@@ -89,6 +89,7 @@ def test_one_codec_owns_it(case):
     (owner,) = [codec for codec in CODECS if codec.owns(base)]
     assert type(owner) is case.kind.codec
     assert owner.on_grid
+    assert owner.can_read
     assert owner.can_write
     assert kind_of(base) is LAYER_KINDS[0]
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from lorakit.config import NearNames, ends_in
 from lorakit.init.registry import (
+    FROM_WEIGHT,
     FROZEN,
     REPLACES_BASE,
     TAKES_OFF,
@@ -59,15 +60,16 @@ class Rules(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """The dtype of the numbers that a weight stands for, where it is, and whether it is quantised."""
+    """The dtype of the numbers that a weight stands for, where it is, whether it is quantised and can be read."""
 
     dtype: torch.dtype
     device: torch.device
     on_grid: bool
+    can_read: bool
 
 
 def _kept(codec: WeightCodec, base: nn.Module) -> Kept:
-    return Kept(codec.dtype(base), codec.state(base).weight.device, codec.on_grid)
+    return Kept(codec.dtype(base), codec.state(base).weight.device, codec.on_grid, codec.can_read)
 
 
 def module_rows(node: Node, rules: Rules, description: Description) -> list[AdapterSpec]:
@@ -194,6 +196,7 @@ def _row(
         _refused(kind, layout, r, config, drops=drops or rules.from_file)
         or _variant_refused(path, kind, layout, r, rules, called=called)
         or ("" if rules.from_file else why_not_begin(init, layout, r, on_grid=kept.on_grid))
+        or _unreadable(init, kept, rules)
     )
     if refused:
         rules.problems.append(f"{path}: {refused}")
@@ -234,6 +237,20 @@ def _refused(kind: LayerKind, layout: Layout, r: int, config: LoraConfig, *, dro
             "these weights an adapter of their own"
         )
     return ""
+
+
+def _unreadable(init: str, kept: Kept, rules: Rules) -> str:
+    """What of a config needs to know a weight that cannot be read, or an empty text."""
+    variant = rules.variant
+    asks = variant.name if variant is not None and variant.reads else ""
+    if init in FROM_WEIGHT and not rules.from_file:
+        asks = f"init_lora_weights={init!r}"
+    if kept.can_read or not asks:
+        return ""
+    return (
+        f"{asks} needs to know the weight, and this layer keeps it in a way that cannot be read; train plain LoRA from "
+        "init_lora_weights=True on it, or leave it out with exclude_modules"
+    )
 
 
 def _variant_refused(
@@ -315,7 +332,9 @@ def _why_not(node: Node) -> str:
             "by target_parameters"
         )
     codec = find_codec(module)
-    apart = not node.kind.is_linear or (codec is not None and codec.on_grid)  # a stand-in has no place for the adapter
+    apart = not node.kind.is_linear or (
+        codec is not None and codec.on_grid
+    )  # a stand-in has no place for the adapter
     if apart and any(may_read(place.owner, place.attribute) for place in node.places):
         return (
             f"{type(node.places[0].owner).__name__} reads this layer's weight without calling it, so an adapter would "

@@ -45,6 +45,10 @@ class WeightCodec(Protocol):
         """What the module calls its weight and its bias."""
 
     @property
+    def can_read(self) -> bool:
+        """Whether `read` works; otherwise the base serves training and inference of what need not know its weight."""
+
+    @property
     def can_write(self) -> bool:
         """Whether `encode`, `merged` and `swap` work; otherwise the base serves training and inference only."""
 

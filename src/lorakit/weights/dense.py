@@ -47,7 +47,7 @@ class DenseCodec:
 
     name = "dense"
     names = ("weight", "bias")
-    can_write = True
+    can_read = can_write = True
     on_grid = False
 
     def owns(self, base: nn.Module) -> bool:

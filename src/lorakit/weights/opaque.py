@@ -83,7 +83,7 @@ class OpaqueCodec:
 
     name = "opaque"
     names = ("weight", "bias")
-    can_write = False
+    can_read = can_write = False
     on_grid = True
 
     def owns(self, base: nn.Module) -> bool:

@@ -36,7 +36,7 @@ class ParameterCodec:
 
     attribute: str
     name = "dense"
-    can_write = True
+    can_read = can_write = True
     on_grid = False
 
     @property

@@ -39,7 +39,7 @@ class Stored(NamedTuple):
 class QuantisedCodec(ABC):
     """A matrix on a grid that its library can be asked for, and that can be put on that grid again."""
 
-    can_write = True
+    can_read = can_write = True
     on_grid = True
 
     # ---- what a final subclass supplies -------------------------------------------------------------

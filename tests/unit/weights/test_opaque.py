@@ -99,6 +99,8 @@ def test_it_is_known_and_of_known_shape(kind, backend):
     base = kind()
     codec = find_codec(base)
     assert isinstance(codec, OpaqueCodec)
+    assert not codec.can_read
+    assert not codec.can_write
     assert backend_of(base) == backend
     assert codec.layout(base).shape == (OUT, IN)
     assert kind_of(base).is_linear
@@ -197,11 +199,14 @@ def test_reading_and_writing_are_refused():
             call()
 
 
-def test_an_initialiser_that_looks_at_the_weight_is_refused():
+@pytest.mark.parametrize(
+    "changes", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"use_dora": True}], ids=str
+)
+def test_what_looks_at_the_weight_is_refused_while_planning(changes):
     made = model(stand_in("gptqmodel", "BaseQuantLinear"))
     before = Snapshot(made)
-    with pytest.raises(UnsupportedError, match="GPTQ"):
-        get_peft_model(made, LoraConfig(r=2, target_modules=["inner"], init_lora_weights="pissa"))
+    with pytest.raises(PlanError, match=r"inner: .*needs to know the weight"):
+        get_peft_model(made, LoraConfig(r=2, target_modules=["inner"], **changes))
     before.assert_same(made)
 
 
