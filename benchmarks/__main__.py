@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ("train_step", "one_layer", "combine_svd", "mixed_batch", "attach_many", "moe_step", "hotswap")
+BENCHMARKS = ("train_step", "one_layer", "combine_svd", "mixed_batch", "attach_many", "moe_step", "hotswap", "init")
 
 
 def main() -> None:
