@@ -510,3 +510,39 @@ def test_hooks_go_with_the_layer(kind):
     layer.release()
     assert not base._forward_pre_hooks
     assert not base._state_dict_pre_hooks
+
+
+@pytest.mark.parametrize("kind", PACKED, ids=str)
+def test_a_copy_has_hooks_of_its_own(kind):
+    layer = layer_on(make(kind))
+    twin = copy.deepcopy(layer)
+    assert bits(call(twin, inputs())) == bits(call(layer, inputs()))
+    layer.release()
+    assert not layer.base_layer._forward_pre_hooks
+    assert len(twin.base_layer._forward_pre_hooks) == len(layer_on(make(kind)).base_layer._forward_pre_hooks)
+    call(twin, inputs())
+    twin.release()
+    assert not twin.base_layer._forward_pre_hooks
+
+
+# ---- elsewhere --------------------------------------------------------------------------------------------
+
+
+@in_full
+@pytest.mark.parametrize("called", [False, True], ids=["new", "called"])
+def test_a_state_that_follows_its_base_elsewhere_stands_for_the_same_numbers(case, called):
+    """Of the devices there is only one here, so the state is sent to where it is."""
+    base = case.make().eval()
+    codec = find_codec(base)
+    if called:
+        call(base, inputs())
+    W = codec.read(base, torch.float32)
+    state = codec.state(base)
+    assert codec.moved(base, state) is state
+    weight, more = codec.at(codec.held(base), torch.device("cpu"))
+    found = codec.read(base, torch.float32, state._replace(weight=weight, more=more))
+    torch.testing.assert_close(
+        found, W, rtol=2**-8 if called else 0, atol=0
+    )  # nobody watched it being packed
+    codec.swap(base, state._replace(weight=weight, more=more))
+    assert call(base, inputs()).shape == (3, 5, OUT)

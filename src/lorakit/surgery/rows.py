@@ -332,9 +332,8 @@ def _why_not(node: Node) -> str:
             "by target_parameters"
         )
     codec = find_codec(module)
-    apart = not node.kind.is_linear or (
-        codec is not None and codec.on_grid
-    )  # a stand-in has no place for the adapter
+    # a linear layer gives such a parent a stand-in, which a quantised weight does not fit into
+    apart = not node.kind.is_linear or (codec is not None and codec.on_grid)
     if apart and any(may_read(place.owner, place.attribute) for place in node.places):
         return (
             f"{type(node.places[0].owner).__name__} reads this layer's weight without calling it, so an adapter would "
