@@ -462,11 +462,20 @@ def pack(base):
         base.weight.data, _ = _convert_weight_packed_for_cpu(base.weight.data, base.weight.quant_state)
 
 
+def watched(kind, dtype=torch.float32):
+    """A layer on a base that is watched as where the CPU has bf16 instructions, also where it has none."""
+    base = make(kind, dtype=dtype)
+    here, base.support_avx512bf16_for_cpu = base.support_avx512bf16_for_cpu, True
+    layer = layer_on(base, dtype=torch.float32)
+    base.support_avx512bf16_for_cpu = here
+    return layer
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", PACKED, ids=str)
 def test_a_packed_weight_is_read_as_it_was(kind, dtype):
-    base = make(kind, dtype=dtype).train()
-    layer, x = layer_on(base), inputs(dtype)
+    layer, x = watched(kind, dtype), inputs(dtype)
+    base = layer.base_layer
     W, before = layer.read_weight(torch.float32), pieces(base)
     call(layer.train(), x)  # the layer sees the scales before they are packed
     pack(base)
@@ -493,7 +502,7 @@ def test_a_weight_packed_before_the_adapter_came_is_read_as_the_base_computes(ki
 @pytest.mark.parametrize("kind", PACKED, ids=str)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_gradients_reach_the_input_after_an_evaluation(kind, mode):
-    layer = layer_on(make(kind)).train(mode == "train")
+    layer = watched(kind).train(mode == "train")
     x = inputs().requires_grad_()
     layer(x).sum().backward()
     wanted, x.grad = x.grad, None
@@ -505,8 +514,9 @@ def test_gradients_reach_the_input_after_an_evaluation(kind, mode):
 
 @pytest.mark.parametrize("kind", PACKED, ids=str)
 def test_hooks_go_with_the_layer(kind):
-    base = make(kind)
-    layer = layer_on(base)
+    layer = watched(kind)
+    base = layer.base_layer
+    assert base._forward_pre_hooks
     layer.release()
     assert not base._forward_pre_hooks
     assert not base._state_dict_pre_hooks
@@ -514,12 +524,12 @@ def test_hooks_go_with_the_layer(kind):
 
 @pytest.mark.parametrize("kind", PACKED, ids=str)
 def test_a_copy_has_hooks_of_its_own(kind):
-    layer = layer_on(make(kind))
+    layer = watched(kind)
     twin = copy.deepcopy(layer)
     assert bits(call(twin, inputs())) == bits(call(layer, inputs()))
     layer.release()
     assert not layer.base_layer._forward_pre_hooks
-    assert len(twin.base_layer._forward_pre_hooks) == len(layer_on(make(kind)).base_layer._forward_pre_hooks)
+    assert len(twin.base_layer._forward_pre_hooks) == 1
     call(twin, inputs())
     twin.release()
     assert not twin.base_layer._forward_pre_hooks
