@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         preprocess_corda,
         preprocess_loraga,
     )
+    from lorakit.checkpoint.resizing import Resized, resize
     from lorakit.config import (
         ArrowConfig,
         BdLoraConfig,
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "checkpoint.resizing": ("Resized", "resize"),
     "api": ("get_peft_model", "inject_adapter_in_model", "plan"),
     "auto": (
         "AutoPeftModel",

@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorakit.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, present
 from lorakit.checkpoint.keys import to_file_key
 from lorakit.checkpoint.sites import ROWS, Site, carries_parameters, owner_of, read_source
+from lorakit.checkpoint.storing import refuse_existing, stored_sites, tied_sites
 from lorakit.checkpoint.writing import write_adapter
 from lorakit.combiners import check_request, combine
 from lorakit.config import combined_config
 from lorakit.errors import ConfigError, UnsupportedError, at_path
-from lorakit.layouts import filled
-from lorakit.types import Factors
 
 if TYPE_CHECKING:
     import os
@@ -54,24 +52,17 @@ def combine_adapters(
     """
     target = Path(output)
     check_request(method, len(paths), weights, options)
-    if not overwrite and any(present(target, name) for name in (CONFIG_NAME, WEIGHTS_NAME)):
-        raise ConfigError(
-            f"{target}: an adapter is there already; choose another folder, or pass overwrite=True"
-        )
-    sources = [read_source(path) for path in paths]
+    refuse_existing(target, overwrite=overwrite)
+    sources = [
+        read_source(path, instead="load the adapters on a model and call add_weighted_adapter()")
+        for path in paths
+    ]
     numbers = [float(weight) for weight in weights]
     combined = _combined_sites(sources, numbers, method, options)
     rows = _combined_rows(sources, numbers)
     rest = _combined_rest(sources, numbers)
-    tied = _tied_sites(sources)
     config, ranks = _config(sources, combined, rows)
-    tensors: dict[str, Tensor] = {}
-    for path, site in combined.items():
-        if path not in tied:
-            tensors.update(_stored(path, site, ranks[owner_of(path)], biased=config.lora_bias))
-    for path, source in tied.items():
-        tensors[f"{path}.lora_A.weight"] = tensors[f"{source}.lora_embedding_B"].t().contiguous()
-        tensors[f"{path}.lora_B.weight"] = tensors[f"{source}.lora_embedding_A"].t().contiguous()
+    tensors = stored_sites(combined, ranks, tied_sites(sources), biased=config.lora_bias)
     for path, tokens in rows.items():
         tensors[path + ROWS] = torch.stack([tokens[token] for token in sorted(tokens)])
     tensors.update(rest)
@@ -149,26 +140,6 @@ def _affine(own: Sequence[tuple[Tensor, float]], what: str) -> Tensor:
     return result.to(own[0][0].dtype)
 
 
-def _tied_sites(sources: Sequence[Source]) -> dict[str, str]:
-    """Heads whose factors are those of the embedding, transposed, in every adapter that has them; with that one."""
-    if not all(source.config.ensure_weight_tying for source in sources):
-        return {}
-    found = {}
-    for path in dict.fromkeys(path for source in sources for path in source.sites):
-        for other in dict.fromkeys(path for source in sources for path in source.sites):
-            pairs = [(s.sites.get(path), s.sites.get(other)) for s in sources]
-            if all((a is None) == (b is None) and (a is None or _is_transposed(a, b)) for a, b in pairs):
-                found[path] = other
-    return found
-
-
-def _is_transposed(head: Site, embedding: Site | None) -> bool:
-    if embedding is None or not embedding.is_embedding or head.is_embedding:
-        return False
-    (a,), (b,) = head.blocks, embedding.blocks
-    return torch.equal(a.A, b.B.t()) and torch.equal(a.B, b.A.t())
-
-
 # ---- writing ------------------------------------------------------------------------------------------
 
 
@@ -220,28 +191,3 @@ def _selects_alike(one: LoraConfig, other: LoraConfig) -> bool:
 
 def _union(lists: Iterable[list[str] | None]) -> list[str] | None:
     return list(dict.fromkeys(name for names in lists for name in names or ())) or None
-
-
-def _stored(path: str, site: Site, rank: int, *, biased: bool) -> dict[str, Tensor]:
-    """The tensors of a site under their names, with a rank that may be larger than the factors' own.
-
-    Raises:
-        UnsupportedError: there are biases of B, and this weight has no place for one.
-    """
-    if biased and (site.is_embedding or site.layout.experts):
-        raise UnsupportedError(
-            f"{path}: some of the adapters have lora_bias=True, and this weight has no place for such a bias; combine "
-            "adapters that are on the same kinds of layers"
-        )
-    own = site.layout.block_rank(rank)
-    blocks = [
-        Factors(filled(block.A, own, dim=0), filled(block.B, own, dim=1), 1.0, block.bias)
-        for block in site.blocks
-    ]
-    A, B, bias = site.layout.join(blocks)
-    if bias is None and biased:
-        bias = B.new_zeros(B.shape[0])
-    if site.is_embedding:
-        return {f"{path}.lora_embedding_A": A, f"{path}.lora_embedding_B": B}
-    found = {f"{path}.lora_A.weight": A, f"{path}.lora_B.weight": B}
-    return found if bias is None else {**found, f"{path}.lora_B.bias": bias}

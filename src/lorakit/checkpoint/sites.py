@@ -64,8 +64,28 @@ class Source:
     rest: dict[str, Tensor]
 
 
-def read_source(path: str | os.PathLike[str]) -> Source:
+class Sorted(NamedTuple):
+    """The tensors of a file by what they are.
+
+    Attributes:
+        factors: A, B and bias of B by the path in the file.
+        embeddings: those of these paths that are named as an embedding's.
+        rows: token rows by module.
+        rest: all others by name.
+    """
+
+    factors: dict[str, dict[str, Tensor]]
+    embeddings: set[str]
+    rows: dict[str, Tensor]
+    rest: dict[str, Tensor]
+
+
+def read_source(path: str | os.PathLike[str], *, instead: str) -> Source:
     """An adapter folder, with its factors in blocks.
+
+    Args:
+        path: of the folder.
+        instead: what to do where the adapter is more than its factors, for the message.
 
     Raises:
         AdapterNotFoundError, AdapterFormatError, ConfigError, NonFiniteError: it cannot be read.
@@ -78,46 +98,49 @@ def read_source(path: str | os.PathLike[str]) -> Source:
     variant = variant_of(config)
     if variant is not None:
         raise UnsupportedError(
-            f"{where}: {variant.name} is more than its factors, which are all that can be combined in files; "
-            "load the adapters on a model and call add_weighted_adapter()"
+            f"{where}: {variant.name} is more than its factors, which are all that files alone tell; {instead}"
         )
-    tensors = {from_file_key(key): tensor for key, tensor in file.load().items()}
-    factors: dict[str, dict[str, Tensor]] = {}
-    rows: dict[str, dict[int, Tensor]] = {}
-    rest: dict[str, Tensor] = {}
-    embeddings = set()
+    found = sort_tensors({from_file_key(key): tensor for key, tensor in file.load().items()})
+    rows = {
+        module: dict(zip(_tokens_of(config, module, len(own), where), own, strict=True))
+        for module, own in found.rows.items()
+    }
+    sites, problems = find_sites(found, config)
+    if problems:
+        raise AdapterFormatError(bullet_list(f"{where}: its factors cannot be read", problems))
+    return Source(where, config, sites, rows, found.rest)
+
+
+def sort_tensors(tensors: Mapping[str, Tensor]) -> Sorted:
+    """Tell factors from token rows and from all else, by their names inside the model."""
+    sorted_ = Sorted({}, set(), {}, {})
     for name, tensor in tensors.items():
         found = _FACTOR.fullmatch(name)
         if found is not None:
-            factors.setdefault(found["site"], {})[FACTOR_OF[found["part"]]] = tensor
-            embeddings |= {found["site"]} if "embedding" in found["part"] else set()
+            sorted_.factors.setdefault(found["site"], {})[FACTOR_OF[found["part"]]] = tensor
+            if "embedding" in found["part"]:
+                sorted_.embeddings.add(found["site"])
         elif name.endswith(ROWS):
-            module = name.removesuffix(ROWS)
-            tokens = _tokens_of(config, module, len(tensor), where)
-            rows[module] = dict(zip(tokens, tensor, strict=True))
+            sorted_.rows[name.removesuffix(ROWS)] = tensor
         else:
-            rest[name] = tensor
-    sites = _sites(factors, embeddings, config, where)
-    return Source(where, config, sites, rows, rest)
+            sorted_.rest[name] = tensor
+    return sorted_
 
 
-def _sites(
-    factors: Mapping[str, Mapping[str, Tensor]], embeddings: set[str], config: LoraConfig, where: str
-) -> dict[str, Site]:
+def find_sites(found: Sorted, config: LoraConfig) -> tuple[dict[str, Site], list[str]]:
+    """The factors in blocks, and one line for each that cannot be read."""
     matcher = Matcher(replace(config, target_modules=None))
     problems: list[str] = []
-    found = {}
-    for path, parts in factors.items():
+    sites = {}
+    for path, parts in found.factors.items():
         if not {"A", "B"} <= parts.keys():
             problems.append(f"{path}: has only {sorted(parts)} of A and B")
             continue
         try:
-            found[path] = _site(path, parts, config, matcher, is_embedding=path in embeddings)
+            sites[path] = _site(path, parts, config, matcher, is_embedding=path in found.embeddings)
         except (AdapterFormatError, UnsupportedError) as error:
             problems.append(f"{path}: {error}")
-    if problems:
-        raise AdapterFormatError(bullet_list(f"{where}: its factors cannot be read", problems))
-    return found
+    return sites, problems
 
 
 def _site(

@@ -40,7 +40,7 @@ def reduced(svd: LowRank, job: Job, distance: Callable[[Factors], float] | None 
     if rank is None:
         rank = largest_rank(job) if energy is None else svd.S.shape[0]
     if energy is not None:
-        rank = min(rank, _rank_for(svd, energy))
+        rank = min(rank, svd.rank_for(energy))
     svd = svd.truncated(rank)
     factors = _padded(svd.factors(), rank)
     if job.options.svd_clamp is not None and svd.energy > 0.0:
@@ -59,12 +59,6 @@ def reduced_dense(wanted: Tensor, job: Job) -> Combined:
         return float(torch.linalg.vector_norm(torch.linalg.vector_norm(rest, dim=1), dtype=torch.float64))
 
     return reduced(svd, job, distance)
-
-
-def _rank_for(svd: LowRank, energy: float) -> int:
-    """The fewest triplets whose squares sum to that share, at least 1, at most all."""
-    reached = svd.S.double().square().cumsum(0)
-    return min(1 + int((reached < energy * svd.energy).sum()), svd.S.shape[0])
 
 
 def _padded(factors: Factors, rank: int) -> Factors:

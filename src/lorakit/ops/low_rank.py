@@ -57,6 +57,11 @@ class LowRank(NamedTuple):
         rest = math.hypot(self.rest, _norm(self.S[rank:]))
         return LowRank(self.U[:, :rank], self.S[:rank], self.Vh[:rank], self.energy, rest)
 
+    def rank_for(self, energy: float) -> int:
+        """The fewest triplets whose squares sum to that share of the energy, at least 1, at most all."""
+        reached = self.S.double().square().cumsum(0)
+        return min(1 + int((reached < energy * self.energy).sum()), self.S.shape[0])
+
     def factors(self) -> Factors:
         """A = Vh, (k, in), and B = U * S, (out, k), with scaling 1."""
         return Factors(A=self.Vh, B=self.U * self.S, scaling=1.0)
