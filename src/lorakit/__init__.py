@@ -56,7 +56,12 @@ if TYPE_CHECKING:
         PlanError,
         UnsupportedError,
     )
-    from lorakit.helpers import MontecloraTrainerMixin, check_if_peft_model, rescale_adapter_scale
+    from lorakit.helpers import (
+        DoraCaching,
+        MontecloraTrainerMixin,
+        check_if_peft_model,
+        rescale_adapter_scale,
+    )
     from lorakit.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
     from lorakit.intruders import IntruderReport, reduce_intruder_dimension
     from lorakit.kappa import find_kappa_target_modules
@@ -133,7 +138,7 @@ _HOMES = {
         "PlanError",
         "UnsupportedError",
     ),
-    "helpers": ("MontecloraTrainerMixin", "check_if_peft_model", "rescale_adapter_scale"),
+    "helpers": ("DoraCaching", "MontecloraTrainerMixin", "check_if_peft_model", "rescale_adapter_scale"),
     "hotswap": ("hotswap_adapter", "prepare_model_for_compiled_hotswap"),
     "intruders": ("IntruderReport", "reduce_intruder_dimension"),
     "kbit": ("prepare_model_for_kbit_training",),

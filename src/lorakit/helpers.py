@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 
@@ -30,6 +30,29 @@ def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
     except (AdapterError, OSError, TypeError, ValueError):
         return False
     return True
+
+
+@final
+class DoraCaching:
+    """Does nothing, so that code that asks PEFT to keep DoRA's norms runs as it is.
+
+    lorakit keeps them always and safely: whatever an evaluation computed from weights, factors and magnitudes is used
+    again for as long as these are the same. It can neither be asked for nor be turned off.
+
+    Args:
+        enabled: not looked at.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+
+    def __call__(self, enabled: bool = True) -> None:
+        """As `DoraCaching(enabled)`, for good."""
+        self.enabled = enabled
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 @contextmanager

@@ -510,6 +510,15 @@ def test_exchanging_it_in_place_is_refused_by_name(variant, tmp_path):
     before.assert_same(model)
 
 
+@pairs()
+def test_every_parameter_handed_over(variant, row):
+    """`functional_call` puts plain tensors where parameters were."""
+    model, x = model_of(variant, row), data(row)
+    values = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        assert torch.equal(functional_call(model, values, (x,)), model(x))
+
+
 # ---- torch.compile --------------------------------------------------------------------------------------
 
 

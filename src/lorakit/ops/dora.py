@@ -61,6 +61,7 @@ def row_norms(W: Matrix, squares: Tensor, A: Tensor, B: Tensor, scaling: float |
     """
     wide = wide_dtype(W.values.dtype)
     A, B = A.to(wide), B.to(wide)
+    scaling = scaling.to(wide) if isinstance(scaling, torch.Tensor) else scaling
     inner = times_transposed(W, A) * (2 * scaling) + B @ (A @ A.t()) * scaling**2
     total = squares + (inner * B).sum(dim=1)
     return total.clamp_min(0).sqrt().clamp_min(torch.finfo(wide).tiny)

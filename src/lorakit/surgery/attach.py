@@ -143,14 +143,15 @@ def _begun(spec: AdapterSpec, read: Callable[[torch.dtype], Tensor]) -> New:
     results = initialise(spec, read)
     new = New.of(spec, [result.factors for result in results])
     offset = tuple(result.offset for result in results if result.offset is not None) or _offset(spec, read)
+    weights = [result.base_weight for result in results if result.base_weight is not None]
+    weight = None
+    if weights:
+        weight = torch.stack(weights) if spec.layout.experts else torch.cat(weights)
+        read = partial(weight.to, copy=True)
     if spec.variant is not None:
         variant = cast("Variant", spec.variant)
         begun = variant.start(Start(spec, new.tensors["A"], new.tensors["B"], read))
         new = new._replace(tensors={**new.tensors, **begun})
-    weights = [result.base_weight for result in results if result.base_weight is not None]
-    if not weights:
-        return new._replace(offset=offset)
-    weight = torch.stack(weights) if spec.layout.experts else torch.cat(weights)
     return new._replace(offset=offset, base_weight=weight)
 
 

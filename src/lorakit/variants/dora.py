@@ -163,11 +163,11 @@ def _change(call: Call, dtype: torch.dtype) -> Tensor:
 def _norms(call: Call) -> Tensor:
     """The norms, of which what W alone contributes is kept while W is the same."""
     W, stored, kept = _matrix(call), call.stored, call.kept
-    if _must_compose(call):
-        return _norms_of(call.held, W)
     if torch.is_grad_enabled():
         # an optimiser's step may be a write that no version counts (a fused one, or one through `.data`)
         kept.pop("gain", None)
+    if _must_compose(call):
+        return _norms_of(call.held, W)
     squares: Any = kept.get("squares")
     if squares is None or not squares.are_of(stored):
         with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -132,14 +132,14 @@ class DenseCodec:
     @staticmethod
     def _weight(base: nn.Module) -> nn.Parameter:
         weight = base.weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
+        assert isinstance(weight, torch.Tensor)  # no parameter inside of `torch.func.functional_call`
+        return cast("nn.Parameter", weight)
 
     @staticmethod
     def _bias(base: nn.Module) -> nn.Parameter | None:
         bias = getattr(base, "bias", None)  # an embedding has none
-        assert bias is None or isinstance(bias, nn.Parameter)
-        return bias
+        assert bias is None or isinstance(bias, torch.Tensor)
+        return cast("nn.Parameter | None", bias)
 
 
 @torch.no_grad()
