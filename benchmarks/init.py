@@ -1,4 +1,4 @@
-"""Initialisers that look at the weight: lorakit's against PEFT's functions, time and final error.
+"""Initialisers that look at the weight or at data: lorakit's against PEFT's functions, time and final error.
 
 PEFT's LoftQ moves to CUDA by name; here its own source is run with "cpu" in that place, and without the garbage
 collection that it does at each step. Its PiSSA and OLoRA are the methods of its layer, which also write the new base
@@ -18,6 +18,7 @@ import torch
 from peft.utils import loftq_utils
 from torch import nn
 
+from benchmarks import eva
 from benchmarks.timing import interleave, save
 from lorakit import LoftQConfig
 from lorakit.init import initialise
@@ -205,6 +206,9 @@ CASES = [
     Case("PiSSA, pissa_niter_16, 1024x1024", lambda: pissa(1024, "pissa_niter_16", 0.5), APART),
     Case("OLoRA, 1024x1024", lambda: olora(1024), "from the decomposition in fp64", rounds=15),
     Case("OLoRA, 4096x4096", lambda: olora(4096), "from the decomposition in fp64", rounds=3, large=True),
+    Case(
+        "EVA, MiniLM, r 16", lambda: Sides(*eva.sides()), "of the variance that could be explained", rounds=5
+    ),
 ]
 
 

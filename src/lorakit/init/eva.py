@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 # A scatter matrix of 2048 inputs takes 16 MiB. Wider layers keep their leading directions alone, which there is also
 # faster: a batch of 2048 rows costs more in the product of (in, in) than in a truncated SVD.
 WIDEST_DENSE = 2048
-# Up to here all eigenvectors (5 ms at 384) cost little beside the product that the rows need anyway.
-_ALL_EIGENVECTORS = 384
+# Up to here all eigenvectors are found at once: 6 ms at 384, where the leading ones alone take 13; 83 and 29 at 1024.
+_ALL_EIGENVECTORS = 512
+# Wider ones than this are followed from batch to batch, which takes half a millisecond at 384.
+_FOLLOWED = 256
 # Vectors that are followed beside the wanted ones, and products a step: the wanted ones then lag behind by little.
 _SPARE, _STEPS = 8, 2
 
@@ -123,27 +125,31 @@ class Scatter(ABC):
 
 
 class DenseScatter(Scatter):
-    """The whole (in, in) matrix in float32: exact to its rounding."""
+    """The whole matrix: exact to the rounding of float32.
+
+    Attributes:
+        matrix: (in, in), the products of the centred rows.
+    """
 
     def __init__(self, dim: int, device: torch.device) -> None:
         super().__init__(dim, device)
-        self._matrix = torch.zeros(dim, dim, dtype=torch.float32, device=device)
+        self.matrix = torch.zeros(dim, dim, dtype=torch.float32, device=device)
 
     def _take(self, rows: Tensor) -> None:
-        self._matrix.addmm_(rows.mT, rows)
+        self.matrix.addmm_(rows.mT, rows)
 
     def _body(self) -> tuple[Tensor, ...]:
-        return (self._matrix,)
+        return (self.matrix,)
 
     def _take_body(self, body: Sequence[Tensor]) -> None:
-        self._matrix += body[0]
+        self.matrix += body[0]
 
     def components(self, k: int, near: Tensor | None = None) -> Components:
         """See `Scatter.components`; exact without `near`."""
-        matrix, dim = self._matrix, self._matrix.shape[0]
+        matrix, dim = self.matrix, self.matrix.shape[0]
         k = min(k, dim)
         total = float(matrix.diagonal().sum(dtype=torch.float64))
-        if dim <= _ALL_EIGENVECTORS or 4 * k >= dim:
+        if 4 * k >= dim or dim <= (_ALL_EIGENVECTORS if near is None else _FOLLOWED):
             values, vectors = torch.linalg.eigh(matrix)
             return _components(values.flip(0)[:k], vectors.mT.flip(0)[:k], total)
         if near is None:

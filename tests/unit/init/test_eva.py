@@ -36,7 +36,8 @@ def filled(scatter, X, pieces=(7, 40, 1, 52)):
     ("scatter", "dim", "rank"),
     [
         pytest.param(lambda dim: DenseScatter(dim, CPU), 24, None, id="dense, all eigenvectors"),
-        pytest.param(lambda dim: DenseScatter(dim, CPU), 500, None, id="dense, wide"),
+        pytest.param(lambda dim: DenseScatter(dim, CPU), 300, None, id="dense, wide"),
+        pytest.param(lambda dim: DenseScatter(dim, CPU), 600, None, id="dense, wider"),
         pytest.param(lambda dim: ThinScatter(dim, CPU, 24), 24, None, id="thin, as wide as the rows"),
         pytest.param(lambda dim: ThinScatter(dim, CPU, 13), 60, 12, id="thin, rows of a lower rank"),
     ],
