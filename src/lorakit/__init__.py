@@ -27,6 +27,8 @@ if TYPE_CHECKING:
         preprocess_corda,
         preprocess_loraga,
     )
+    from lorakit.checkpoint.merging.merge import CheckpointMerge, merge_checkpoint
+    from lorakit.checkpoint.comparing import AdapterDifference, diff
     from lorakit.checkpoint.resizing import Resized, resize
     from lorakit.config import (
         ArrowConfig,
@@ -92,7 +94,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "checkpoint.comparing": ("AdapterDifference", "diff"),
     "checkpoint.resizing": ("Resized", "resize"),
+    "checkpoint.merging.merge": ("CheckpointMerge", "merge_checkpoint"),
     "api": ("get_peft_model", "inject_adapter_in_model", "plan"),
     "auto": (
         "AutoPeftModel",

@@ -109,4 +109,5 @@ def _error(tensor: OutTensor, begin: int, found: Tensor, base: WeightReader) -> 
 
 
 def _is_same(found: Tensor, wanted: Tensor) -> bool:
-    return bytes(raw_bytes(found)) == bytes(raw_bytes(wanted.contiguous()))
+    """Whether two contiguous tensors have the same bits, NaN and all."""
+    return bool(found.view(torch.uint8).equal(wanted.contiguous().view(torch.uint8)))

@@ -5,6 +5,7 @@ Names are those inside the model. Nothing is read but the config and the header.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from lorakit.variants import Variant
 
 _BASE = ".base_layer"
+_INNER = re.compile(r"(?:\.base_layer)+(?=\.)")
 
 
 class Site(NamedTuple):
@@ -177,7 +179,7 @@ def _sorted(
         name = (from_file_key(key) if prefixed else key).replace(".token_adapter.base_layer.", f"{_BASE}.")
         suffix = next((end for end in (*parts, TOKEN_ROWS) if name.endswith(f".{end}")), None)
         if suffix is None:
-            own = name.replace(f"{_BASE}.", ".")
+            own = _INNER.sub("", name)
             if own in owned:
                 raise AdapterFormatError(
                     f"{file.weights_path}: {owned[own]!r} and {key!r} are one tensor of the base"
@@ -198,4 +200,4 @@ def _site(path: str, keys: Mapping[str, str], *, is_embedding: bool) -> Site:
     while outer.endswith(_BASE):
         outer = outer.removesuffix(_BASE)
     depth = (len(path) - len(outer)) // len(_BASE)
-    return Site(path, outer.replace(f"{_BASE}.", "."), depth, keys, is_embedding)
+    return Site(path, _INNER.sub("", outer), depth, keys, is_embedding)

@@ -48,7 +48,8 @@ class Streamer:
         Raises:
             NonFiniteError, AdapterFormatError, OSError: the file is not whole.
         """
-        self._put(file.header, descriptor)
+        write_all(descriptor, file.header)
+        self._told(len(file.header))
         for tensor in file.tensors:
             done, total = 0, tensor.source.count
             for segment in tensor.segments:
@@ -57,14 +58,15 @@ class Streamer:
                 done = segment.begin + segment.count
             self._copy(tensor, done, total - done, descriptor)
 
-    def _put(self, data: bytes | memoryview, descriptor: int) -> None:
+    def _put(self, tensor: torch.Tensor, descriptor: int) -> None:
+        data = raw_bytes(tensor)  # which lives no longer than the tensor
         write_all(descriptor, data)
         self._told(len(data))
 
     def _merge(self, tensor: OutTensor, segment: Segment, descriptor: int) -> None:
         for tile in self._ready(segment.change).tiles(segment.offset, segment.count):
             values = rounded(tile.values, tensor.info.dtype, tensor.name)
-            self._put(raw_bytes(values.contiguous()), descriptor)
+            self._put(values.contiguous(), descriptor)
 
     def _ready(self, change: Change) -> Ready:
         # experts that lie in several tensors share one change
@@ -80,7 +82,7 @@ class Streamer:
         assert tensor.source.dtype in FLOATS
         for start in range(begin, begin + count, _AT_ONCE):
             part = self._weights.elements(tensor.source, start, min(_AT_ONCE, begin + count - start))
-            self._put(raw_bytes(_converted(part, tensor)), descriptor)
+            self._put(_converted(part, tensor), descriptor)
 
     def _copy_bytes(self, source: Weight, begin: int, count: int, descriptor: int) -> None:
         size, passed = source.dtype.itemsize, 0

@@ -55,10 +55,11 @@ def find_ties(shards: ModelShards, names: Names, wanted: Collection[str]) -> lis
         return []
     declared = _declared(shards.config, names)
     if declared is None:
-        if _has_head(names, suspects):
+        alone = [name for name in suspects if _is_alone(names, name)]
+        if not alone or "architectures" not in shards.config:
             return []
         raise UnsupportedError(
-            f"{suspects} may be tied to other weights of this model, which only transformers can tell and does not: it is "
+            f"{alone} may be tied to other weights of this model, which only transformers can tell and does not: it is "
             "not installed, or has no such class; set tie_word_embeddings in the base's config.json to false if they are not"
         )
     found = []
@@ -104,13 +105,10 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0].rpartition(".")[2]
 
 
-def _has_head(names: Names, suspects: Collection[str]) -> bool:
-    """Whether all these weights are there, and another one like each of them."""
-    for name in suspects:
-        weight = names.find(name)
-        if weight is None or sum(other.shape == weight.shape for _, other in names.everything()) < 2:
-            return False
-    return True
+def _is_alone(names: Names, name: str) -> bool:
+    """Whether a weight is there, and no other one like it, which could be the other end of the model."""
+    weight = names.find(name)
+    return weight is not None and sum(other.shape == weight.shape for _, other in names.everything()) < 2
 
 
 class _Declared(NamedTuple):
