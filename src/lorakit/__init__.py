@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from lorakit.checkpoint.merging.merge import CheckpointMerge, merge_checkpoint
     from lorakit.checkpoint.comparing import AdapterDifference, diff
+    from lorakit.checkpoint.comparing import AdapterDifference, diff
     from lorakit.checkpoint.resizing import Resized, resize
     from lorakit.config import (
         ArrowConfig,
@@ -94,6 +95,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "checkpoint.comparing": ("AdapterDifference", "diff"),
     "checkpoint.comparing": ("AdapterDifference", "diff"),
     "checkpoint.resizing": ("Resized", "resize"),
     "checkpoint.merging.merge": ("CheckpointMerge", "merge_checkpoint"),

@@ -52,6 +52,11 @@ class Factors:
         """The dense change `scaling * B @ A`, (out, in), computed and returned in `dtype`."""
         return (self.B.to(dtype) @ self.A.to(dtype)).mul_(self.scaling)
 
+    def to(self, dtype: torch.dtype) -> Factors:
+        """The same in another dtype."""
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return Factors(self.A.to(dtype), self.B.to(dtype), self.scaling, bias)
+
     @staticmethod
     def cat(parts: Sequence[Factors]) -> Factors:
         """One pair of factors whose delta is the exact sum of the deltas of `parts` (ranks add up).

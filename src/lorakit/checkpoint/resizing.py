@@ -112,7 +112,7 @@ def resize(
     found = {}
     for done, (path, site) in enumerate(source.sites.items()):
         progress("decomposing", done, len(source.sites))
-        found[path] = [low_rank_svd([_wide(block)]) for block in site.blocks]
+        found[path] = [low_rank_svd([block.to(torch.float64)]) for block in site.blocks]
     progress("decomposing", len(found), len(found))
     ranks = _ranks(source, found, rank, energy)
     config = _config(source, ranks)
@@ -142,10 +142,6 @@ def check_rank(rank: int | None, energy: float | None) -> None:
 
 
 # ---- how many ranks -----------------------------------------------------------------------------------
-
-
-def _wide(block: Factors) -> Factors:
-    return Factors(block.A.double(), block.B.double(), block.scaling)
 
 
 def _ranks(

@@ -43,11 +43,8 @@ def inner_product(a: Factors, b: Factors) -> float:
 @torch.no_grad()
 def difference_norm(a: Factors, b: Factors) -> float:
     """The Frobenius norm of the first delta minus the second, in float64; no digits cancel that the factors have."""
-    wide = [
-        Factors(part.A.double(), part.B.double(), part.scaling)
-        for part in (a, replace(b, scaling=-b.scaling))
-    ]
-    return frobenius_norm(Factors.cat(wide))
+    minus = replace(b, scaling=-b.scaling)
+    return frobenius_norm(Factors.cat([a.to(torch.float64), minus.to(torch.float64)]))
 
 
 def numerical_rank(S: Tensor) -> int:
