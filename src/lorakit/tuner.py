@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from lorakit.init import Misfit
     from lorakit.report import MergeReport
     from lorakit.surgery.invocation import Offsets
     from lorakit.weighted import CombineReport
@@ -165,6 +166,11 @@ class LoraModel(AdapterLosses, nn.Module):
     def peft_config(self) -> dict[str, LoraConfig]:
         """The config of each adapter, by name."""
         return self.registry.configs
+
+    @property
+    def misfits(self) -> dict[str, dict[str, Misfit]]:
+        """By adapter and path: the errors that LoftQ left when it quantised the base, before and after its factors."""
+        return self.registry.misfits
 
     @property
     def active_adapters(self) -> list[str]:

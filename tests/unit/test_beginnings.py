@@ -87,19 +87,31 @@ def test_loftq_quantises_the_base_and_comes_closer_to_what_it_was(bits_, capsys)
         target_modules=UNGROUPED,
         loftq_config=LoftQConfig(loftq_bits=bits_, loftq_iter=3),
     )
+    misfits, printed = model.base_model.misfits["default"], capsys.readouterr().out
     for path, layer in registry_of(model).layers.items():
         Q = layer.read_weight(torch.float32)
+        misfit = misfits[path]
+        assert f"{path}: {misfit}" in printed
+        assert misfit.after < misfit.before
         named = dict(plain.named_parameters())
         W = named[path if path in named else f"{path}.weight"].detach()
         W = W.T if layer.layout.transposed else W
         W = W if layer.layout.experts else W.flatten(1)
         blocks = zip(W, Q, strict=True) if layer.layout.experts else [(W, Q)]
         factors = layer.layout.split(*layer.stored("default")[:2], layer.scaling["default"])
+        blocks = list(blocks)
+        left = [
+            weight - quantised - pair.delta()
+            for (weight, quantised), pair in zip(blocks, factors, strict=True)
+        ]
+        assert misfit.after == pytest.approx(float(torch.stack(left).detach().norm()), rel=1e-4)
         for (weight, quantised), pair in zip(blocks, factors, strict=True):
             assert torch.equal(ROUNDERS[bits_](quantised), quantised)
             plainly = (weight - ROUNDERS[bits_](weight)).norm()
             assert (weight - quantised - pair.delta()).norm() < plainly
     assert (logits(model) - logits(plain)).abs().max() > 0
+    model.delete_adapter("default")
+    assert not model.base_model.misfits
 
 
 def test_what_does_not_fit_is_refused_at_once_and_changes_nothing():

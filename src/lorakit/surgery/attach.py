@@ -8,9 +8,10 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
+from tqdm.auto import tqdm
 
 from lorakit.errors import AdapterNameError
-from lorakit.init import initialise
+from lorakit.init import Misfit, initialise
 from lorakit.layers import ModulesToSaveWrapper, ParameterSlot, Place
 from lorakit.specs import TOKEN_ROWS
 from lorakit.surgery.naming import names_in_file, whole_module
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from lorakit.types import Factors
     from lorakit.variants import Variant
 
+_UNTIL_A_BAR = 2.0  # seconds: schemes that look at no weight are done before
+
 
 class New(NamedTuple):
     """What an adapter is made of on one weight.
@@ -39,11 +42,13 @@ class New(NamedTuple):
         tensors: as they are stored, by part.
         offset: what is taken off the base for it, for each block; None takes nothing.
         base_weight: what the base is to hold from now on, shaped as a codec reads it, or None.
+        misfit: how well that and the adapter stand for the weight that was there, or None.
     """
 
     tensors: Mapping[str, Tensor]
     offset: tuple[Factors, ...] | None = None
     base_weight: Tensor | None = None
+    misfit: Misfit | None = None
 
     @staticmethod
     def of(spec: AdapterSpec, factors: Sequence[Factors]) -> New:
@@ -111,6 +116,7 @@ def put(
         _add_slots(registry, plan, name, slots, tensors)
         _replace_base(registry, factors, undo)
         registry.configs[name] = plan.config
+        registry.misfits[name] = {path: new.misfit for path, new in factors.items() if new.misfit is not None}
         for item in registry.tensors(name):  # trainable once it is set active
             if item.tensor.is_leaf:
                 item.tensor.requires_grad = False
@@ -135,7 +141,15 @@ def _from_file(spec: AdapterSpec, path: str, plan: Plan, tensors: Mapping[str, T
 
 
 def _initial(plan: Plan) -> dict[str, New]:
-    return {spec.path: _begun(spec, _reader(plan, spec)) for spec in plan.specs if spec.tied_to is None}
+    """Begun by the config's scheme: with a bar where it takes long, and a line for each weight that it quantised."""
+    own = [spec for spec in plan.specs if spec.tied_to is None]
+    scheme = f"init {own[0].init}" if own else ""
+    found = {}
+    for spec in tqdm(own, desc=scheme, unit="layer", delay=_UNTIL_A_BAR, leave=False):
+        found[spec.path] = new = _begun(spec, _reader(plan, spec))
+        if new.misfit is not None:
+            tqdm.write(f"{spec.path}: {new.misfit}")
+    return found
 
 
 def _begun(spec: AdapterSpec, read: Callable[[torch.dtype], Tensor]) -> New:
@@ -152,7 +166,8 @@ def _begun(spec: AdapterSpec, read: Callable[[torch.dtype], Tensor]) -> New:
         variant = cast("Variant", spec.variant)
         begun = variant.start(Start(spec, new.tensors["A"], new.tensors["B"], read))
         new = new._replace(tensors={**new.tensors, **begun})
-    return new._replace(offset=offset, base_weight=weight)
+    misfits = [result.misfit for result in results if result.misfit is not None]
+    return new._replace(offset=offset, base_weight=weight, misfit=Misfit.total(misfits) if misfits else None)
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lorakit.config import LoraConfig
+    from lorakit.init import Misfit
     from lorakit.layers import LoraLayer, MergingLayer, ModulesToSaveWrapper, ParameterSlot, PreparedMerge
     from lorakit.layers.slot import Place
     from lorakit.surgery.replicate import Replication
@@ -58,6 +59,7 @@ class AdapterRegistry:
         enabled: whether adapters act at all.
         owner: stands for the model in what a call chooses for itself.
         replication: the deeper list of layers that the adapters are for, or None.
+        misfits: by adapter and path how well a base that its scheme quantised, and it, stand for the weight before.
         checkpointing: modules that may run their layers again in backward, once somebody asked; else None.
         merge_report: what the last merge lost by quantising again; None before the first.
     """
@@ -76,6 +78,7 @@ class AdapterRegistry:
         self.owner = Owner()
         self.replication: Replication | None = None
         self.checkpointing: list[nn.Module] | None = None
+        self.misfits: dict[str, dict[str, Misfit]] = {}
         self.merge_report: MergeReport | None = None
 
     # ---- names --------------------------------------------------------------------------------------
@@ -318,6 +321,7 @@ class AdapterRegistry:
     def discard(self, name: str) -> None:
         """Take off whatever there is of an adapter, also when it was put on only in part."""
         self.configs.pop(name, None)
+        self.misfits.pop(name, None)
         for path, layer in list(self.layers.items()):
             if name in layer.adapters:
                 layer.remove(name)
