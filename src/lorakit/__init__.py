@@ -28,8 +28,9 @@ if TYPE_CHECKING:
         preprocess_loraga,
     )
     from lorakit.checkpoint.merging.merge import CheckpointMerge, merge_checkpoint
+    from lorakit.checkpoint.adapter_report import AdapterReport
     from lorakit.checkpoint.comparing import AdapterDifference, diff
-    from lorakit.checkpoint.comparing import AdapterDifference, diff
+    from lorakit.checkpoint.inspecting import inspect_adapter
     from lorakit.checkpoint.resizing import Resized, resize
     from lorakit.config import (
         ArrowConfig,
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
         PlanError,
         UnsupportedError,
     )
+    from lorakit.estimating.estimate import Estimate, estimate
     from lorakit.helpers import (
         DoraCaching,
         MontecloraTrainerMixin,
@@ -95,7 +97,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "checkpoint.comparing": ("AdapterDifference", "diff"),
+    "checkpoint.adapter_report": ("AdapterReport",),
+    "checkpoint.inspecting": ("inspect_adapter",),
     "checkpoint.comparing": ("AdapterDifference", "diff"),
     "checkpoint.resizing": ("Resized", "resize"),
     "checkpoint.merging.merge": ("CheckpointMerge", "merge_checkpoint"),
@@ -144,6 +147,7 @@ _HOMES = {
         "PlanError",
         "UnsupportedError",
     ),
+    "estimating.estimate": ("Estimate", "estimate"),
     "helpers": ("DoraCaching", "MontecloraTrainerMixin", "check_if_peft_model", "rescale_adapter_scale"),
     "hotswap": ("hotswap_adapter", "prepare_model_for_compiled_hotswap"),
     "intruders": ("IntruderReport", "reduce_intruder_dimension"),

@@ -20,7 +20,7 @@ from lorakit.checkpoint.sites import ROWS, Site, carries_parameters, owner_of, r
 from lorakit.checkpoint.storing import module_pattern, refuse_existing, silent, stored_sites, tied_sites
 from lorakit.checkpoint.writing import write_adapter
 from lorakit.errors import ConfigError
-from lorakit.ops.low_rank import LowRank, low_rank_svd, padded_rows
+from lorakit.ops.low_rank import LowRank, joint_spectrum, low_rank_svd, padded_rows, rank_for
 from lorakit.ops.similarity import difference_norm
 from lorakit.specs import scaling_of
 from lorakit.types import Factors
@@ -153,7 +153,8 @@ def _ranks(
         groups = site.layout.groups
         wanted = math.inf if rank is None else max(1, rank // groups)
         if energy is not None:
-            wanted = min(wanted, _together(found[path]).rank_for(energy))
+            whole = sum(block.energy for block in found[path])
+            wanted = min(wanted, rank_for(joint_spectrum(found[path]), energy, whole))
         assert wanted < math.inf
         owner = owner_of(path)
         ranks[owner] = max(int(wanted) * groups, ranks.get(owner, 0))
@@ -161,12 +162,6 @@ def _ranks(
         step = math.lcm(*(site.layout.groups for site in source.sites.values()))
         ranks = dict.fromkeys(ranks, -(-max(ranks.values()) // step) * step)
     return ranks
-
-
-def _together(blocks: Sequence[LowRank]) -> LowRank:
-    """Blocks of one weight, which share a rank, as one: the energies of the k-th triplets are added."""
-    S = torch.stack([block.S for block in blocks]).square().sum(dim=0).sqrt()
-    return blocks[0]._replace(S=S, energy=sum(block.energy for block in blocks))
 
 
 def _config(source: Source, ranks: Mapping[str, int]) -> LoraConfig:

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from lorakit.combiners.options import Combined
 from lorakit.errors import ConfigError
-from lorakit.ops.low_rank import padded_rows, truncated_svd
+from lorakit.ops.low_rank import padded_rows, rank_for, truncated_svd
 from lorakit.types import Factors
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def reduced(svd: LowRank, job: Job, distance: Callable[[Factors], float] | None 
     if rank is None:
         rank = largest_rank(job) if energy is None else svd.S.shape[0]
     if energy is not None:
-        rank = min(rank, svd.rank_for(energy))
+        rank = min(rank, rank_for(svd.S, energy, svd.energy))
     svd = svd.truncated(rank)
     factors = _padded(svd.factors(), rank)
     if job.options.svd_clamp is not None and svd.energy > 0.0:

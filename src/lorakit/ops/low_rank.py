@@ -57,14 +57,23 @@ class LowRank(NamedTuple):
         rest = math.hypot(self.rest, _norm(self.S[rank:]))
         return LowRank(self.U[:, :rank], self.S[:rank], self.Vh[:rank], self.energy, rest)
 
-    def rank_for(self, energy: float) -> int:
-        """The fewest triplets whose squares sum to that share of the energy, at least 1, at most all."""
-        reached = self.S.double().square().cumsum(0)
-        return min(1 + int((reached < energy * self.energy).sum()), self.S.shape[0])
-
     def factors(self) -> Factors:
         """A = Vh, (k, in), and B = U * S, (out, k), with scaling 1."""
         return Factors(A=self.Vh, B=self.U * self.S, scaling=1.0)
+
+
+def rank_for(S: Tensor, share: float, energy: float) -> int:
+    """The fewest of falling singular values whose squares sum to a share of the energy, at least 1, at most all."""
+    reached = S.double().square().cumsum(0)
+    return min(1 + int((reached < share * energy).sum()), S.shape[0])
+
+
+def joint_spectrum(blocks: Sequence[LowRank]) -> Tensor:
+    """Of blocks of one weight that share a rank: root of the sum over them of the squares of the k-th singular values.
+
+    Of one block they are its singular values.
+    """
+    return torch.stack([block.S for block in blocks]).square().sum(dim=0).sqrt()
 
 
 @torch.no_grad()
