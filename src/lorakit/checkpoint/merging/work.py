@@ -84,7 +84,7 @@ class Work:
         (self.folder / _JOURNAL).unlink(missing_ok=True)
         flush_folder(self.folder)
         former = _aside(target)
-        replaces = os.path.lexists(target) and any(os.scandir(target))
+        replaces = os.path.lexists(target) and any(target.iterdir())
         if replaces:
             os.replace(target, former)  # noqa: PTH105
         try:
@@ -113,7 +113,12 @@ def working_on(target: Path, fingerprint: str, *, overwrite: bool) -> Iterator[W
     target.parent.mkdir(parents=True, exist_ok=True)
     with _held(hidden):
         _tidy(target)
-        check_target(target, overwrite=overwrite)
+        try:
+            check_target(target, overwrite=overwrite)
+        except ConfigError:
+            with suppress(OSError):
+                hidden.rmdir()  # which keeps what a killed run left
+            raise
         work = Work(hidden, fingerprint)
         try:
             yield work
@@ -178,7 +183,7 @@ def check_target(target: Path, *, overwrite: bool) -> None:
         return
     if target.is_symlink() or not target.is_dir():
         raise ConfigError(f"{target}: is there and is no folder; choose another output")
-    if not any(os.scandir(target)):
+    if not any(target.iterdir()):
         return
     if not overwrite:
         raise ConfigError(
