@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from lorakit.cli.demo import demo
+from lorakit.cli.estimate import estimate
 from lorakit.cli.merge import merge
 from lorakit.errors import AdapterError
 
@@ -39,3 +40,4 @@ def _verb(run: Callable[..., None]) -> Callable[..., None]:
 
 app.command()(_verb(demo))
 app.command()(_verb(merge))
+app.command()(_verb(estimate))

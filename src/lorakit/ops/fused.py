@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from lorakit.errors import UnsupportedError
 from lorakit.ops.dropout import draw_dropped, draw_seeds, zero_, zeroed
 from lorakit.ops.reference import PLAIN, lora_reference, must_compose
-from lorakit.ops.terms import product_dtype, result_dtype
+from lorakit.ops.terms import in_autocast, product_dtype, result_dtype
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,7 +80,7 @@ def lora_add(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
     if must_compose(x, terms) or type(y) not in PLAIN:
         return lora_reference(y, x, terms)
     call = _call(x, terms, transposed=False)
-    if torch.is_autocast_enabled(x.device.type):
+    if in_autocast(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return _add(y, x, call, _flat(terms))
     return _add(y, x, call, _flat(terms))
@@ -121,7 +121,7 @@ def lora_linear(
     call = _call(x, terms, transposed=transposed)
     if not terms and call.products == call.result:
         return linear(x, W.t() if transposed else W, b)
-    if torch.is_autocast_enabled(x.device.type):
+    if in_autocast(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return _base_and_terms(x, W, b, call, _flat(terms))
     return _base_and_terms(x, W, b, call, _flat(terms))
@@ -208,7 +208,7 @@ def _flat(terms: Sequence[Term]) -> list[Tensor | None]:
 
 def _is_frozen_base(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
     """Whether the base product is one that the node may own: no gradient of its own, and dtypes that torch accepts."""
-    if type(W) not in PLAIN or (W.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)):
+    if type(W) not in PLAIN or (W.dtype != x.dtype and not in_autocast(x.device.type)):
         return False
     trained = W.requires_grad or (b is not None and b.requires_grad)
     return not (trained and torch.is_grad_enabled())
@@ -283,7 +283,7 @@ def _backward(
     ctx: Any, dy: Tensor, need_x: bool, needs: Sequence[bool]
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """The gradients of x and of (A, B, bias) of each term."""
-    if torch.is_autocast_enabled(ctx.device_type):
+    if in_autocast(ctx.device_type):
         with torch.autocast(ctx.device_type, enabled=False):
             return _gradients(ctx, dy, need_x, needs)
     return _gradients(ctx, dy, need_x, needs)

@@ -61,9 +61,14 @@ _EMULATED = frozenset(
 )
 
 
+def in_autocast(device_type: str) -> bool:
+    """Whether autocast is on for a type of device; torch refuses the question for meta."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def result_dtype(x: Tensor) -> torch.dtype:
     """The dtype that `torch.nn.functional.linear(x, W)` returns here: x's, or autocast's inside autocast."""
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+    if x.dtype != torch.float64 and in_autocast(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
