@@ -144,6 +144,8 @@ class LoraLayer(HoldingLayer):
 
     def _reroute(self) -> None:
         acting = self._active if self._enabled and not self.merged_adapters else ()
+        if self.merged_adapters:
+            self.kept.clear()  # it may hold the weight that a merge for good lets go
         self._route = self._present(acting)
 
     def _present(self, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -299,6 +299,11 @@ class HoldingLayer(MergingLayer):
         """The weight as it was before any merge."""
         return self._original_state().weight
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Moves the layer, or changes its dtype; what variants kept may hold the memory that it moves away from."""
+        self.kept.clear()
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
     def _lies_as(self, source: HoldingLayer) -> bool:
         """Whether a tied layer holds the weight the same way round as its source: an embedding, not a head."""
         return self.layout.transposed == source.layout.transposed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -251,15 +252,24 @@ def test_an_evaluation_reads_the_weight_once_and_a_step_computes_the_norm_alone(
     assert counts == {"squares": 2, "norms": 5}
 
 
-def test_merging_and_unmerging_keep_what_is_kept(monkeypatch):
+@pytest.mark.parametrize("way", ["merge", "cast", "delete"])
+def test_what_is_kept_holds_no_weight_that_is_let_go(way):
     model, x = model_of(ROWS[0], torch.float32), data(ROWS[0])
+    layer = layer_of(model)
+    former = weakref.ref(layer.original_weight)
+    memory = layer.original_weight.data_ptr()
     with torch.no_grad():
-        wanted = model(x)
-        model.merge_adapter()
-        model.unmerge_adapter()
-        counts = counting(monkeypatch)
-        assert torch.equal(model(x), wanted)
-    assert counts == {"squares": 0, "norms": 0}
+        model(x)
+    assert layer.kept["default"]
+    if way == "merge":
+        layer.commit_merge_for_good(layer.prepare_merge())
+        assert former() is None
+    elif way == "cast":
+        model.double()
+        assert layer.original_weight.data_ptr() != memory
+    else:
+        model.delete_adapter("default")
+    assert not layer.kept
 
 
 def test_another_precision_of_the_same_evaluation():
