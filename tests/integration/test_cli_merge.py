@@ -10,9 +10,11 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from lorakit import LoraConfig, PeftModel, get_peft_model
+from lorakit.checkpoint.writing import write_adapter
 from lorakit.cli.app import app
 from lorakit.demo.model import model_folder
 from merging import differences, read_bytes, read_files, save_adapter, save_base
@@ -200,3 +202,33 @@ def test_neither_transformers_nor_a_model_is_loaded(root):
     )
     done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_a_tile_and_not_the_model(tmp_path):
+    shape, names = (2048, 2048), [f"layers.{number}.q_proj" for number in range(14)]
+    base = {f"{name}.weight": torch.randn(shape).bfloat16() for name in names}  # 117 MB
+    (tmp_path / "base").mkdir()
+    save_file(base, tmp_path / "base" / "model.safetensors")
+    factors = {}
+    for name in names:
+        factors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(8, shape[1])
+        factors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(shape[0], 8)
+    write_adapter(
+        tmp_path / "adapter",
+        {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj"]},
+        factors,
+    )
+    program = f"""
+import pathlib, torch
+from lorakit import merge_checkpoint
+torch.set_num_threads(1)
+def status(field):
+    return next(int(x.split()[1]) for x in pathlib.Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+merge_checkpoint({str(tmp_path / "base")!r}, {str(tmp_path / "adapter")!r}, {str(tmp_path / "out")!r})
+print((status("VmHWM") - before) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert 8 < float(done.stdout) < 80  # MB; 45 were seen

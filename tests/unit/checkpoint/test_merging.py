@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lorakit import BdLoraConfig, KasaConfig, LoraConfig, MontecloraConfig, merge_checkpoint
+from lorakit import BdLoraConfig, KasaConfig, LoraConfig, MontecloraConfig, VeloraConfig, merge_checkpoint
 from lorakit.checkpoint import copying
 from lorakit.ops import merge
 from merging import (
@@ -164,6 +164,7 @@ VARIANTS = {
     },
     "qalora": {"use_qalora": True, "qalora_group_size": 8},
     "monteclora": {"monteclora_config": MontecloraConfig()},
+    "velora": {"velora_config": VeloraConfig(num_groups=4)},
 }
 CASES = {
     "all linear": (llama, lora("all-linear")),
@@ -283,6 +284,22 @@ def test_ties_hold_or_are_written_down(tmp_path, name):
     assert report.untied == (("lm_head.weight",) if parts_ else ())
     assert config_of(tmp_path / "out")["tie_word_embeddings"] is not parts_
     assert ("lm_head.weight" in read_files(tmp_path / "out")) is parts_
+
+
+@pytest.mark.parametrize("name", ["both together", "both whole and together"])
+def test_half_of_what_is_tied_need_not_be_in_an_adapter_s_file(tmp_path, name):
+    def make():
+        return llama(tie=True)
+
+    save_base(make(), tmp_path / "base")
+    save_adapter(make(), TIED[name][0], tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    halved = {key: tensor for key, tensor in load_file(file).items() if "lm_head" not in key}
+    assert len(halved) < len(load_file(file))
+    save_file(halved, file)
+    report = merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert report.untied == ()
+    assert not differences(loaded(make(), tmp_path / "out"), merged_in_memory(make, [tmp_path / "adapter"]))
 
 
 def test_a_tie_of_which_the_file_has_both_tensors(tmp_path):

@@ -266,8 +266,10 @@ class Gathering:
             module, _, attribute = name.rpartition(".")
             number = _LAYER.search(name)
             beyond = number is not None and isinstance(layers, int) and int(number[1]) >= layers
-            if _EXPERT.search(name) or beyond or weight.dtype not in FLOATS:
-                continue  # experts that the model stacks; layers that only other software reads
+            halved = adapter.config.ensure_weight_tying and weight.name in self._names.borrowed
+            if _EXPERT.search(name) or beyond or halved or weight.dtype not in FLOATS:
+                # experts that the model stacks; layers that only other software reads; what is stored with its source
+                continue
             if any(_saved_paths(adapter, name)):
                 found += [name] * (name not in adapter.owned)
             elif attribute == "weight" and len(weight.shape) > 1 and module not in modules:

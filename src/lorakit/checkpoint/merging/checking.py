@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lorakit.checkpoint.merging.changes import Change
     from lorakit.checkpoint.merging.output import OutFile, OutTensor
     from lorakit.checkpoint.shards import ModelShards
 
@@ -56,13 +57,14 @@ def check_output(
     errors: list[tuple[float, float]] = [(0.0, 0.0)]
     with ShardReader(shards) as base_bytes, ShardReader(written) as bytes_:
         base = WeightReader(shards, base_bytes)
+        judge = _Judge(base)
         for number, tensor in enumerate([*merged, *copied]):
             for begin, count in _samples(tensor):
                 place = written.places[tensor.name]
                 found = torch.empty(count, dtype=tensor.info.dtype)
                 bytes_.read_into(raw_bytes(found), place.file, place.begin + begin * found.itemsize)
                 if tensor.segments:
-                    errors.append(_error(tensor, begin, found, base))
+                    errors.append(judge.error(tensor, begin, found))
                 elif not _is_same(found, base.elements(tensor.source, begin, count).to(tensor.info.dtype)):
                     raise AdapterFormatError(
                         f"{folder}: {tensor.name} was read back with other bytes; the disk is at fault"
@@ -90,22 +92,34 @@ def _samples(tensor: OutTensor) -> list[tuple[int, int]]:
     return [each for each in found if each[1]]
 
 
-def _error(tensor: OutTensor, begin: int, found: Tensor, base: WeightReader) -> tuple[float, float]:
-    """The largest error in a sample, and relative to the largest number in it."""
-    segment = next(each for each in tensor.segments if each.begin <= begin < each.begin + each.count)
-    ready = Ready(segment.change, base, twice=True)
-    offset = segment.offset + begin - segment.begin
-    exact = torch.cat([tile.values.double() for tile in ready.tiles(offset, len(found))])
-    error = (found.double() - exact).abs()
-    largest = float(exact.abs().max())
-    allowed = exact.abs() * torch.finfo(found.dtype).eps + (_DRIFT * largest + torch.finfo(found.dtype).tiny)
-    if not bool((error <= allowed).all()):
-        raise AdapterFormatError(
-            f"{tensor.name}: read back with an error of {float(error.max()):.3g} beside numbers up to {largest:.3g}, more "
-            "than rounding; the disk or the memory is at fault"
+class _Judge:
+    """Computes merged numbers again, in fp64; what one change needs is read once."""
+
+    def __init__(self, base: WeightReader) -> None:
+        self._base = base
+        self._change: Change | None = None
+        self._ready: Ready | None = None
+
+    def error(self, tensor: OutTensor, begin: int, found: Tensor) -> tuple[float, float]:
+        """The largest error in a sample, and relative to the largest number in it."""
+        segment = next(each for each in tensor.segments if each.begin <= begin < each.begin + each.count)
+        if self._ready is None or self._change is not segment.change:
+            self._ready = None
+            self._ready, self._change = Ready(segment.change, self._base, twice=True), segment.change
+        offset = segment.offset + begin - segment.begin
+        exact = torch.cat([tile.values.double() for tile in self._ready.tiles(offset, len(found))])
+        error = (found.double() - exact).abs()
+        largest = float(exact.abs().max())
+        allowed = exact.abs() * torch.finfo(found.dtype).eps + (
+            _DRIFT * largest + torch.finfo(found.dtype).tiny
         )
-    worst = float(error.max())
-    return worst, worst / largest if largest and math.isfinite(largest) else 0.0
+        if not bool((error <= allowed).all()):
+            raise AdapterFormatError(
+                f"{tensor.name}: read back with an error of {float(error.max()):.3g} beside numbers up to {largest:.3g}, "
+                "more than rounding; the disk or the memory is at fault"
+            )
+        worst = float(error.max())
+        return worst, worst / largest if largest and math.isfinite(largest) else 0.0
 
 
 def _is_same(found: Tensor, wanted: Tensor) -> bool:

@@ -212,7 +212,7 @@ def _plan(shards: ModelShards, parts: Sequence[AdapterParts], wanted: Layouting,
     asked = _asked(parts)
     names = make_names(shards, asked)
     ties = find_ties(shards, names, asked)
-    names = names.with_more({tie.target.name: tie.target for tie in ties if not tie.is_stored})
+    names = names.with_tied({tie.target.name: tie.target for tie in ties if not tie.is_stored})
     with ShardReader(shards) as reader:
         weights = WeightReader(shards, reader)
         gathering = Gathering(

@@ -51,6 +51,8 @@ class Names:
     prefix: _Prefix
     parts: frozenset[str] = frozenset()
     """Names that only the checkpoint has, of tensors that the model makes others of."""
+    borrowed: frozenset[str] = frozenset()
+    """Names of weights that are another one's, to which they are tied."""
 
     def find(self, name: str) -> Weight | None:
         """The weight of that name in the model, or None.
@@ -68,9 +70,9 @@ class Names:
                 )
         return None
 
-    def with_more(self, weights: Mapping[str, Weight]) -> Names:
-        """The same with further weights."""
-        return replace(self, weights={**self.weights, **weights})
+    def with_tied(self, weights: Mapping[str, Weight]) -> Names:
+        """The same with weights that the checkpoint has under another name."""
+        return replace(self, weights={**self.weights, **weights}, borrowed=frozenset(weights))
 
     def below(self, path: str) -> list[str]:
         """The names of a module's own parameters."""
