@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-# Cost of the draw for 2**20 elements on one AVX2 core: skips take 22 ms * p, one 32-bit word an element takes 5 ms,
-# `torch.nn.functional.dropout` 11 ms.
+# Cost of the draw for 2**20 elements on a core with AVX-512: skips take 5 to 10 ms * p, one 32-bit word an element takes
+# 2 ms, `torch.nn.functional.dropout` 5 to 7 ms.
 SKIP_UP_TO = 0.25
 
 
@@ -46,19 +46,24 @@ def draw_dropped(count: int, p: float, seed: int, device: torch.device) -> Tenso
 
 
 def _skips(count: int, p: float, generator: torch.Generator) -> Tensor:
-    """Dropped positions by drawing the gaps between them, which are geometric: floor(log U / log(1 - p))."""
+    """Dropped positions by drawing the gaps between them, which are geometric: floor(log U / log(1 - p)).
+
+    U is (w + 1/2) / 2**32 for a 32-bit word w: half the random numbers that a float64 would take, and never 0 or 1, so
+    that floor + 1 is ceil.
+    """
     per_draw = 1 / math.log1p(-p)
     expected = count * p
-    batch = int(expected + 6 * math.sqrt(expected)) + 16  # a second batch is needed less than once in 1e9
-    parts, last = [], 0.0
-    while last <= count:
-        uniform = torch.empty(batch, dtype=torch.float64).uniform_(2.0**-53, 1.0, generator=generator)
-        ends = uniform.log_().mul_(per_draw).floor_().add_(1).cumsum_(0).add_(last)
-        parts.append(ends)
-        last = ends[-1].item()
+    words = (int(expected + 6 * math.sqrt(expected)) + 17) // 2  # more draws are needed less than once in 1e9
+    parts, last = [], -1.0
+    while last < count:
+        drawn = torch.empty(words, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+        steps = drawn.view(torch.int32).to(torch.float64).add_(2**31 + 0.5).log_()
+        steps = steps.sub_(32 * math.log(2)).mul_(per_draw).ceil_()
+        steps[0] += last
+        parts.append(steps.cumsum_(0))
+        last = steps[-1].item()
     ends = torch.cat(parts) if len(parts) > 1 else parts[0]
-    inside = int(torch.searchsorted(ends, count, right=True))
-    return ends[:inside].to(torch.int64).sub_(1)
+    return ends[: int(torch.searchsorted(ends, count))].to(torch.int64)
 
 
 def zeroed(x: Tensor, dropped: Tensor) -> Tensor:
@@ -66,6 +71,21 @@ def zeroed(x: Tensor, dropped: Tensor) -> Tensor:
     if dropped.dtype == torch.bool:
         return x * dropped.view(x.shape)
     return x.reshape(-1).index_fill(0, dropped, 0).view(x.shape)
+
+
+def add_undropped_(total: Tensor, left: Tensor, right: Tensor, dropped: Tensor) -> Tensor:
+    """`total`, contiguous, plus the elements of `left @ right` that are not dropped, in place.
+
+    Of positions, the product is added whole and the dropped elements are put back: 0.37 ms for 2**20 elements in
+    bfloat16 with p=0.05, against 0.79 for a product of its own, its zeros and its addition.
+    """
+    if dropped.dtype == torch.bool:
+        return total.add_(zero_(left @ right, dropped))
+    flat = total.view(-1)
+    before = flat.index_select(0, dropped)
+    total.addmm_(left, right)
+    flat.index_copy_(0, dropped, before)
+    return total
 
 
 def zero_(x: Tensor, dropped: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import linear
 
 from lorakit.errors import UnsupportedError
-from lorakit.ops.dropout import draw_dropped, draw_seeds, zero_, zeroed
+from lorakit.ops.dropout import add_undropped_, draw_dropped, draw_seeds, zero_, zeroed
 from lorakit.ops.reference import PLAIN, lora_reference, must_compose
 from lorakit.ops.terms import in_autocast, product_dtype, result_dtype
 
@@ -368,5 +368,4 @@ def _accumulate(dx: Tensor | None, dh: Tensor, A: Tensor, dropped: Tensor | None
         return part if dx is None else dx + part
     if dropped is None:
         return dh @ A if dx is None else dx.addmm_(dh, A)
-    part = zero_(dh @ A, dropped)
-    return part if dx is None else dx.add_(part)
+    return zero_(dh @ A, dropped) if dx is None else add_undropped_(dx, dh, A, dropped)
