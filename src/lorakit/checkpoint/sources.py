@@ -42,24 +42,26 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsSource:
-    """The tensors of `adapter_model.safetensors`, whose header has been checked.
+    """The tensors of a safetensors file, whose header has been checked.
 
     Attributes:
         folder: where the file is.
         stamp: of the version whose header was read.
         tensors: what the header says, in the order of the data.
         places: where in the file each of them begins.
+        name: of the file.
     """
 
     folder: Path
     stamp: Stamp
     tensors: dict[str, TensorInfo]
     places: dict[str, int]
+    name: str = WEIGHTS_NAME
 
     @property
     def path(self) -> Path:
         """The file."""
-        return self.folder / WEIGHTS_NAME
+        return self.folder / self.name
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The named tensors, in the given order; `AdapterFormatError` if the file is no longer the same.
@@ -67,7 +69,7 @@ class SafetensorsSource:
         Each is read into memory of its own: what happens to the file afterwards changes nothing.
         """
         with (
-            open_regular(self.folder, WEIGHTS_NAME) as (descriptor, status),
+            open_regular(self.folder, self.name) as (descriptor, status),
             os.fdopen(os.dup(descriptor), "rb", buffering=0) as file,
         ):
             self._check(status)
@@ -79,7 +81,7 @@ class SafetensorsSource:
                     raise AdapterFormatError(f"{self.path}: cut while it was read; open the adapter again")
                 yield name, tensor
             self._check(os.fstat(descriptor))
-        _check_unchanged(self.folder, WEIGHTS_NAME, self.stamp)
+        _check_unchanged(self.folder, self.name, self.stamp)
 
     def _check(self, status: os.stat_result) -> None:
         if stamp_of(status) != self.stamp:
@@ -88,43 +90,44 @@ class SafetensorsSource:
 
 @dataclass(frozen=True, slots=True)
 class PickleSource:
-    """The tensors of `adapter_model.bin`, through the restricted unpickler only."""
+    """The tensors of a pickle, through the restricted unpickler only."""
 
     folder: Path
     stamp: Stamp
+    name: str = PICKLE_NAME
 
     @property
     def path(self) -> Path:
         """The file."""
-        return self.folder / PICKLE_NAME
+        return self.folder / self.name
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """The named tensors, in the given order; `AdapterFormatError` if the file is no longer the same."""
-        _check_unchanged(self.folder, PICKLE_NAME, self.stamp)
-        tensors = _unpickled(self.folder, "cpu")
+        _check_unchanged(self.folder, self.name, self.stamp)
+        tensors = _unpickled(self.folder, self.name, "cpu")
         for name in names:
             yield name, tensors[name].detach().clone(memory_format=torch.contiguous_format)
 
 
-def open_pickle(folder: Path) -> tuple[PickleSource, dict[str, TensorInfo]]:
-    """List the tensors of `adapter_model.bin` without allocating them.
+def open_pickle(folder: Path, name: str = PICKLE_NAME) -> tuple[PickleSource, dict[str, TensorInfo]]:
+    """List the tensors of a pickle, by default `adapter_model.bin`, without allocating them.
 
     Raises:
         UnsupportedError: this torch has known holes in its restricted unpickler.
         AdapterFormatError: the file is not a pickled dict of f64, f32, f16 and bf16 tensors and nothing else.
     """
-    path = folder / PICKLE_NAME
+    path = folder / name
     if tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < _SAFE_UNPICKLER:
         raise UnsupportedError(
             f"{path}: reading a pickle needs torch 2.10 or later, this is {torch.__version__}"
         )
-    with open_regular(folder, PICKLE_NAME) as (_, status):
+    with open_regular(folder, name) as (_, status):
         stamp = stamp_of(status)
-    tensors = _unpickled(folder, "meta")
+    tensors = _unpickled(folder, name, "meta")
     infos = {name: TensorInfo(t.dtype, tuple(t.shape), t.nbytes) for name, t in tensors.items()}
     if sum(info.nbytes for info in infos.values()) > status.st_size:
         raise AdapterFormatError(f"{path}: its tensors claim more bytes than the file has; not an adapter")
-    return PickleSource(folder, stamp), infos
+    return PickleSource(folder, stamp, name), infos
 
 
 def _fill(file: FileIO, memory: memoryview) -> bool:
@@ -144,11 +147,11 @@ def _check_unchanged(folder: Path, name: str, stamp: Stamp) -> None:
             raise AdapterFormatError(f"{folder / name}: changed since it was opened; open the adapter again")
 
 
-def _unpickled(folder: Path, device: str) -> dict[str, Tensor]:
-    path = folder / PICKLE_NAME
+def _unpickled(folder: Path, name: str, device: str) -> dict[str, Tensor]:
+    path = folder / name
     try:
         with (
-            open_regular(folder, PICKLE_NAME) as (descriptor, _),
+            open_regular(folder, name) as (descriptor, _),
             os.fdopen(os.dup(descriptor), "rb") as file,
         ):
             found: Any = torch.load(file, map_location=device, weights_only=True)
