@@ -27,8 +27,10 @@ if TYPE_CHECKING:
         preprocess_corda,
         preprocess_loraga,
     )
+    from lorakit.checkpoint.converting.convert import Converted, convert
     from lorakit.checkpoint.merging.merge import CheckpointMerge, merge_checkpoint
     from lorakit.checkpoint.adapter_report import AdapterReport
+    from lorakit.checkpoint.combining import Combination
     from lorakit.checkpoint.comparing import AdapterDifference, diff
     from lorakit.checkpoint.inspecting import inspect_adapter
     from lorakit.checkpoint.resizing import Resized, resize
@@ -60,6 +62,8 @@ if TYPE_CHECKING:
         PlanError,
         UnsupportedError,
     )
+    from lorakit.diagnosis.doctor import doctor
+    from lorakit.diagnosis.finding import Finding
     from lorakit.estimating.estimate import Estimate, estimate
     from lorakit.helpers import (
         DoraCaching,
@@ -68,6 +72,7 @@ if TYPE_CHECKING:
         rescale_adapter_scale,
     )
     from lorakit.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+    from lorakit.inspection import write_report
     from lorakit.intruders import IntruderReport, reduce_intruder_dimension
     from lorakit.kappa import find_kappa_target_modules
     from lorakit.kbit import prepare_model_for_kbit_training
@@ -99,8 +104,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "checkpoint.adapter_report": ("AdapterReport",),
     "checkpoint.inspecting": ("inspect_adapter",),
+    "checkpoint.combining": ("Combination",),
     "checkpoint.comparing": ("AdapterDifference", "diff"),
     "checkpoint.resizing": ("Resized", "resize"),
+    "checkpoint.converting.convert": ("Converted", "convert"),
     "checkpoint.merging.merge": ("CheckpointMerge", "merge_checkpoint"),
     "api": ("get_peft_model", "inject_adapter_in_model", "plan"),
     "auto": (
@@ -147,9 +154,12 @@ _HOMES = {
         "PlanError",
         "UnsupportedError",
     ),
+    "diagnosis.doctor": ("doctor",),
+    "diagnosis.finding": ("Finding",),
     "estimating.estimate": ("Estimate", "estimate"),
     "helpers": ("DoraCaching", "MontecloraTrainerMixin", "check_if_peft_model", "rescale_adapter_scale"),
     "hotswap": ("hotswap_adapter", "prepare_model_for_compiled_hotswap"),
+    "inspection": ("write_report",),
     "intruders": ("IntruderReport", "reduce_intruder_dimension"),
     "kbit": ("prepare_model_for_kbit_training",),
     "kappa": ("find_kappa_target_modules",),

@@ -8,9 +8,15 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
+from lorakit.cli.combine import combine
+from lorakit.cli.convert import convert
 from lorakit.cli.demo import demo
+from lorakit.cli.diff import diff
+from lorakit.cli.doctor import doctor
 from lorakit.cli.estimate import estimate
+from lorakit.cli.inspect import inspect
 from lorakit.cli.merge import merge
+from lorakit.cli.resize import resize
 from lorakit.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -40,4 +46,10 @@ def _verb(run: Callable[..., None]) -> Callable[..., None]:
 
 app.command()(_verb(demo))
 app.command()(_verb(merge))
+app.command()(_verb(convert))
+app.command()(_verb(doctor))
 app.command()(_verb(estimate))
+app.command()(_verb(combine))
+app.command()(_verb(resize))
+app.command()(_verb(diff))
+app.command()(_verb(inspect))

@@ -1,0 +1,1 @@
+"""What is wrong or odd about an adapter, and what to do: `lorakit.doctor`."""
