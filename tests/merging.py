@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import json
 import warnings
+from contextlib import contextmanager
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from lorakit import PeftModel, get_peft_model, merge_checkpoint
 from models import randomise
+
+
+@contextmanager
+def quiet():
+    """Transformers says nothing of tiny configs meanwhile."""
+    log = transformers.utils.logging
+    log.disable_progress_bar()
+    before = log.get_verbosity()
+    log.set_verbosity_error()
+    yield
+    log.set_verbosity(before)
 
 
 def save_base(model, folder, **options):

@@ -18,6 +18,7 @@ from merging import (
     differences,
     loaded,
     merged_in_memory,
+    quiet,
     read_bytes,
     read_files,
     save_adapter,
@@ -30,8 +31,8 @@ SOME = [*ATTENTION, "down_proj"]
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
+    with quiet():
+        yield
 
 
 def lora(targets=SOME, **changes):

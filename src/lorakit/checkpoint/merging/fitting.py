@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 FLOATS = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 _CONV1D_TYPES = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 _CONV1D_NAMES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
-# Types whose experts lie (experts, in, out) in a file. Those of qwen3_vl_moe are turned by transformers on loading.
-_EXPERTS_IN_OUT = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text", "qwen3_vl_moe"})
+_EXPERTS_IN_OUT = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text"})
 _ATTENTION = (("in_proj_weight",), ("q_proj_weight", "k_proj_weight", "v_proj_weight"))
 
 
