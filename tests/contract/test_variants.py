@@ -81,6 +81,9 @@ VARIANTS = (
     Variant("monteclora", {"monteclora_config": {"num_samples": 3}}, MATRICES, composes=False),
 )
 
+# It acts by what a call of a whole model carries, and is tested with one (tests/unit/variants/test_alora.py).
+ALORA = Variant("alora", {"alora_invocation_tokens": [1]}, MATRICES, merges=False)
+
 PAIRS = [(variant, KINDS[kind]) for variant in VARIANTS for kind in variant.kinds]
 
 
@@ -355,7 +358,7 @@ def test_the_delta_is_what_merging_adds(variant, row):
     close(before + delta, weight_of(row, layer).detach())
 
 
-@variants(lambda variant: not variant.merges)
+@pytest.mark.parametrize("variant", [ALORA, *(v for v in VARIANTS if not v.merges)], ids=lambda v: v.name)
 def test_merging_is_refused_by_name(variant):
     model = model_of(variant, KINDS["linear"])
     before = Snapshot(model)
