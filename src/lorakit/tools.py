@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from lorakit.checkpoint.combining import combine_adapters
+from lorakit.checkpoint.storing import silent
 from lorakit.combiners import CombineOptions
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Sequence
-    from pathlib import Path
+
+    from lorakit.checkpoint.combining import Combination
+    from lorakit.checkpoint.storing import Progress
 
 
 def combine(
@@ -28,7 +31,8 @@ def combine(
     epsilon: float | None = None,
     seed: int | None = None,
     overwrite: bool = False,
-) -> Path:
+    progress: Progress = silent,
+) -> Combination:
     """Combine adapter folders into a new one; the same functions as `LoraModel.add_weighted_adapter`, without a model.
 
     Args:
@@ -45,9 +49,10 @@ def combine(
         epsilon: spread of the keep probabilities of "della".
         seed: of random pruning.
         overwrite: replace an adapter that is in `output` already.
+        progress: is called with (what, done, total).
 
     Returns:
-        The folder written.
+        What was written, and how much of the wanted change each weight keeps.
 
     Raises:
         AdapterNotFoundError, AdapterFormatError, NonFiniteError: a folder cannot be read.
@@ -65,4 +70,4 @@ def combine(
         t=t,
         epsilon=epsilon,
     )
-    return combine_adapters(paths, weights, output, method, options, overwrite=overwrite)
+    return combine_adapters(paths, weights, output, method, options, overwrite=overwrite, progress=progress)

@@ -8,15 +8,15 @@ weights sum to 1.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from lorakit.checkpoint.keys import to_file_key
+from lorakit.checkpoint.keys import natural_key, to_file_key
 from lorakit.checkpoint.sites import ROWS, Site, carries_parameters, owner_of, read_source
-from lorakit.checkpoint.storing import refuse_existing, stored_sites, tied_sites
+from lorakit.checkpoint.storing import refuse_existing, silent, stored_sites, tied_sites
 from lorakit.checkpoint.writing import write_adapter
 from lorakit.combiners import check_request, combine
 from lorakit.config import combined_config
@@ -29,8 +29,44 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lorakit.checkpoint.sites import Source
+    from lorakit.checkpoint.storing import Progress
     from lorakit.combiners import CombineOptions
     from lorakit.config import LoraConfig
+
+
+@dataclass(frozen=True)
+class CombinedLayer:
+    """The combination on one weight.
+
+    Attributes:
+        path: in the file.
+        rank: of the result.
+        kept: the share in [0, 1] of the energy (squared Frobenius norm) of the wanted delta that the result has; the
+            smallest one of groups and experts.
+    """
+
+    path: str
+    rank: int
+    kept: float
+
+
+@dataclass(frozen=True)
+class Combination:
+    """What `combine` did.
+
+    Attributes:
+        output: the folder written.
+        method: as asked.
+        weights: of the adapters, in order.
+        layers: a row for each weight, by path.
+        parameters: of all tensors.
+    """
+
+    output: str
+    method: str
+    weights: tuple[float, ...]
+    layers: tuple[CombinedLayer, ...]
+    parameters: int
 
 
 def combine_adapters(
@@ -41,7 +77,8 @@ def combine_adapters(
     options: CombineOptions,
     *,
     overwrite: bool = False,
-) -> Path:
+    progress: Progress = silent,
+) -> Combination:
     """Write the combination of local adapter folders to a new one.
 
     Raises:
@@ -58,7 +95,7 @@ def combine_adapters(
         for path in paths
     ]
     numbers = [float(weight) for weight in weights]
-    combined = _combined_sites(sources, numbers, method, options)
+    combined, kept = _combined_sites(sources, numbers, method, options, progress)
     rows = _combined_rows(sources, numbers)
     rest = _combined_rest(sources, numbers)
     config, ranks = _config(sources, combined, rows)
@@ -67,17 +104,28 @@ def combine_adapters(
         tensors[path + ROWS] = torch.stack([tokens[token] for token in sorted(tokens)])
     tensors.update(rest)
     write_adapter(target, config.to_dict(), {to_file_key(name): tensor for name, tensor in tensors.items()})
-    return target
+    layers = [
+        CombinedLayer(path, ranks[owner_of(path)], kept[path]) for path in sorted(combined, key=natural_key)
+    ]
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    return Combination(str(target), method, tuple(numbers), tuple(layers), parameters)
 
 
 # ---- combining ----------------------------------------------------------------------------------------
 
 
 def _combined_sites(
-    sources: Sequence[Source], weights: Sequence[float], method: str, options: CombineOptions
-) -> dict[str, Site]:
-    found = {}
-    for path in dict.fromkeys(path for source in sources for path in source.sites):
+    sources: Sequence[Source],
+    weights: Sequence[float],
+    method: str,
+    options: CombineOptions,
+    progress: Progress,
+) -> tuple[dict[str, Site], dict[str, float]]:
+    """The combined factors by path, and the share of the wanted delta that each keeps."""
+    found, kept = {}, {}
+    paths = list(dict.fromkeys(path for source in sources for path in source.sites))
+    for done, path in enumerate(paths):
+        progress("combining", done, len(paths))
         mine = [(s.sites[path], w) for s, w in zip(sources, weights, strict=True) if path in s.sites]
         layout = mine[0][0].layout
         if any(site.layout != layout or site.is_embedding != mine[0][0].is_embedding for site, _ in mine):
@@ -89,13 +137,13 @@ def _combined_sites(
             )
         with at_path(path):
             blocks = [
-                combine(
-                    parts, [w for _, w in mine], method, options.of_block(path, number, layout.groups)
-                ).factors
+                combine(parts, [w for _, w in mine], method, options.of_block(path, number, layout.groups))
                 for number, parts in enumerate(zip(*(site.blocks for site, _ in mine), strict=True))
             ]
-        found[path] = Site(layout, tuple(blocks), mine[0][0].is_embedding)
-    return found
+        found[path] = Site(layout, tuple(block.factors for block in blocks), mine[0][0].is_embedding)
+        kept[path] = min(block.kept for block in blocks)
+    progress("combining", len(paths), len(paths))
+    return found, kept
 
 
 def _combined_rows(sources: Sequence[Source], weights: Sequence[float]) -> dict[str, dict[int, Tensor]]:

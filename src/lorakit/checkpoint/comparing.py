@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
+from lorakit.checkpoint.keys import natural_key
 from lorakit.checkpoint.sites import read_source
 from lorakit.checkpoint.storing import silent
 from lorakit.ops.low_rank import low_rank_svd
@@ -176,7 +177,11 @@ class _Matched(Generic[T]):
 
 def _matched(a: Mapping[str, T], b: Mapping[str, T], shape: Callable[[T], tuple[int, ...]]) -> _Matched[T]:
     """What is in both, but of different shapes, counts as in one alone, twice."""
-    both = {name: (mine, b[name]) for name, mine in a.items() if name in b and shape(mine) == shape(b[name])}
+    both = {
+        name: (a[name], b[name])
+        for name in sorted(a, key=natural_key)
+        if name in b and shape(a[name]) == shape(b[name])
+    }
     return _Matched(
         both,
         {name: own for name, own in a.items() if name not in both},

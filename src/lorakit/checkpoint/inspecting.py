@@ -14,7 +14,7 @@ import torch
 from lorakit.checkpoint.adapter_report import AdapterReport, InspectedKind, InspectedLayer, InspectedTensor
 from lorakit.checkpoint.digest import Digest, digest_order
 from lorakit.checkpoint.files import MAX_CONFIG
-from lorakit.checkpoint.keys import from_file_key
+from lorakit.checkpoint.keys import from_file_key, natural_key
 from lorakit.checkpoint.layout import CONFIG_FIELD, DIGEST_FIELD
 from lorakit.checkpoint.reading import open_adapter
 from lorakit.checkpoint.sites import ROWS, find_sites, sort_tensors
@@ -101,9 +101,9 @@ def inspect_adapter(path: str | os.PathLike[str], *, progress: Progress = silent
 
 def _layers(found: Sorted, sites: Mapping[str, Site], progress: Progress) -> tuple[InspectedLayer, ...]:
     layers = []
-    for done, (path, site) in enumerate(sites.items()):
+    for done, path in enumerate(sorted(sites, key=natural_key)):
         progress("decomposing", done, len(sites))
-        layers.append(_layer(path, site, found.factors[path]))
+        layers.append(_layer(path, sites[path], found.factors[path]))
     progress("decomposing", len(layers), len(layers))
     return tuple(layers)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 PREFIX = "base_model.model."
+_NUMBER = re.compile(r"[0-9]{1,9}")
 
 
 def to_file_key(name: str) -> str:
@@ -35,6 +36,12 @@ def from_file_key(key: str) -> str:
             "rename its keys or convert it first"
         )
     return key.removeprefix(PREFIX)
+
+
+def natural_key(name: str) -> tuple[tuple[str, int], ...]:
+    """Sorts names as a person does: layer 10 after layer 9."""
+    words, numbers = _NUMBER.split(name), [int(number) for number in _NUMBER.findall(name)]
+    return tuple(zip(words, [*numbers, -1], strict=True))
 
 
 def apply_key_mapping(keys: Iterable[str], mapping: Mapping[str, str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorakit.checkpoint.keys import to_file_key
+from lorakit.checkpoint.keys import natural_key, to_file_key
 from lorakit.checkpoint.sites import ROWS, Site, carries_parameters, owner_of, read_source
 from lorakit.checkpoint.storing import module_pattern, refuse_existing, silent, stored_sites, tied_sites
 from lorakit.checkpoint.writing import write_adapter
@@ -60,7 +60,7 @@ class Resized:
 
     Attributes:
         output: the folder written.
-        layers: a row for each weight, in the order of the file.
+        layers: a row for each weight, by path.
         parameters_before, parameters: of the factors.
         kept: the share of the energy of all deltas together that is kept.
     """
@@ -169,18 +169,24 @@ def _config(source: Source, ranks: Mapping[str, int]) -> LoraConfig:
     if not ranks:
         return source.config
     alphas = {
-        owner_of(path): site.blocks[0].scaling * ranks[owner_of(path)] for path, site in source.sites.items()
+        owner_of(path): _plain(site.blocks[0].scaling * ranks[owner_of(path)])
+        for path, site in source.sites.items()
     }
     r = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     return replace(
         source.config,
         r=r,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,
+        lora_alpha=alpha,
         rank_pattern={module_pattern(owner): own for owner, own in ranks.items() if own != r},
         alpha_pattern={module_pattern(owner): own for owner, own in alphas.items() if own != alpha},
         use_rslora=False,
     )
+
+
+def _plain(number: float) -> float:
+    """A whole number as an int: some readers of configs take no other."""
+    return int(number) if number == int(number) else number
 
 
 # ---- factors ------------------------------------------------------------------------------------------
@@ -217,7 +223,8 @@ def _report(
     target: Path, source: Source, found: Mapping[str, Sequence[LowRank]], sites: Mapping[str, Site]
 ) -> Resized:
     layers = []
-    for path, site in source.sites.items():
+    for path in sorted(source.sites, key=natural_key):
+        site = source.sites[path]
         norm = math.sqrt(sum(block.energy for block in found[path]))
         pairs = zip(site.blocks, sites[path].blocks, strict=True)
         lost = math.hypot(*(difference_norm(old, new) for old, new in pairs))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 _NOTHING = 1e-6
 
 
-class Angles(NamedTuple):
+@dataclass(frozen=True)
+class Angles:
     """How two subspaces lie to each other.
 
     Attributes:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from integration.oracle import KINDS, ids, zoo
-from lorakit import LoraConfig, PeftModel, get_peft_model
+from lorakit import LoraConfig, PeftModel, get_peft_model, tools
 from lorakit.errors import (
     AdapterFormatError,
     AdapterNotFoundError,
@@ -18,10 +19,14 @@ from lorakit.errors import (
     NonFiniteError,
     UnsupportedError,
 )
-from lorakit.tools import combine
 from models import another, logits, randomise, tiny_llama, with_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* targeted convolutions are grouped:UserWarning")
+
+
+def combine(paths, weights, **options):
+    """The folder that the combination was written to."""
+    return Path(tools.combine(paths, weights, **options).output)
 
 
 def saved(folder, first, second, ranks=(2, 4)):
@@ -197,3 +202,25 @@ def test_no_model_library_is_loaded():
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         == "False\n"
     )
+
+
+def test_what_is_told(tmp_path):
+    peft, folders = saved(tmp_path, {"target_modules": ["q", "c"]}, {"target_modules": ["q", "head"]})
+    steps = []
+    told = tools.combine(
+        folders,
+        [1, -0.5],
+        output=tmp_path / "made",
+        method="svd",
+        rank=3,
+        progress=lambda *step: steps.append(step),
+    )
+    made = load_file(tmp_path / "made" / "adapter_model.safetensors")
+    assert (told.output, told.method, told.weights) == (str(tmp_path / "made"), "svd", (1.0, -0.5))
+    assert told.parameters == sum(tensor.numel() for tensor in made.values())
+    report = peft.add_weighted_adapter(["a", "b"], [1, -0.5], "both", "svd", rank=3)
+    assert {layer.path: (layer.rank, layer.kept) for layer in told.layers} == {
+        path: (3, report.kept[path]) for path in ("c", "head", "q")
+    }
+    assert 0.5 < next(layer.kept for layer in told.layers if layer.path == "q") < 1.0
+    assert (steps[0], steps[-1]) == (("combining", 0, 3), ("combining", 3, 3))
