@@ -9,7 +9,7 @@ Guarantees, beside those of `MergingLayer`:
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lorakit.layers.chosen import Chosen
+    from lorakit.layers.tokens import TokenRows
     from lorakit.weights import InFull, WeightCodec, WeightState
 
 
@@ -46,9 +47,11 @@ class LoraLayer(HoldingLayer):
     The other attributes are those of `HoldingLayer`.
     """
 
+    _route: tuple[str, ...]
+
     def __init__(self, base_layer: nn.Module, codec: WeightCodec) -> None:
         super().__init__(base_layer, codec)
-        self._route: tuple[str, ...] = ()
+        self.__dict__["_route"] = ()
 
     # ---- what a final subclass supplies -------------------------------------------------------------
 
@@ -146,11 +149,14 @@ class LoraLayer(HoldingLayer):
         acting = self._active if self._enabled and not self.merged_adapters else ()
         if self.merged_adapters:
             self.kept.clear()  # it may hold the weight that a merge for good lets go
-        self._route = self._present(acting)
+        self.__dict__["_route"] = self._present(acting) if acting else ()
 
     def _present(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Those of some adapters that are on this layer."""
-        rows = self.token_adapter.token_indices if self.token_adapter is not None else ()
+        tokens = self._modules[
+            "token_adapter"
+        ]  # by name it costs a microsecond, and this runs in every switch
+        rows = () if tokens is None else cast("TokenRows", tokens).token_indices
         return tuple([name for name in names if name in self.r or name in rows])
 
     def acting(self) -> tuple[tuple[str, ...], Chosen | None]:

@@ -159,8 +159,8 @@ class Embedding(LoraLayer):
 
     def _hold(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
         assert bias is None, "the planner refuses lora_bias on an embedding"
-        self.lora_embedding_A[name] = nn.Parameter(A)
-        self.lora_embedding_B[name] = nn.Parameter(B)
+        self.lora_embedding_A[name] = nn.Parameter(A, requires_grad=False)
+        self.lora_embedding_B[name] = nn.Parameter(B, requires_grad=False)
 
     def _let_go(self, name: str) -> None:
         let_go(name, self.lora_embedding_A, self.lora_embedding_B)

@@ -1,13 +1,45 @@
-"""Making the small modules that hold the factors, without running their initialisers."""
+"""Making layers and the small modules that hold their factors, without running torch's constructors.
+
+A layer with an adapter takes seven modules, and a model has hundreds of layers. A constructor of torch takes 7
+microseconds for an empty module, and each attribute set on one takes 2, since `nn.Module` looks at whatever is set.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections import OrderedDict
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_M = TypeVar("_M", bound=nn.Module)
+
+_START = dict(nn.Module().__dict__)
+"""What a module begins with: flags, and empty containers, of which each module needs its own."""
+_CONTAINERS = tuple(
+    (kind, tuple(name for name, value in _START.items() if type(value) is kind))
+    for kind in (dict, set, OrderedDict)
+)
+assert all(type(value) in {bool, type(None), dict, set, OrderedDict} for value in _START.values())
+
+
+def begin(module: nn.Module) -> None:
+    """Do what `nn.Module.__init__` does, at a fifth of its cost."""
+    state = module.__dict__
+    state.update(_START)
+    for kind, names in _CONTAINERS:
+        for name in names:
+            state[name] = kind()
+
+
+def bare(kind: type[_M]) -> _M:
+    """A module of a class that adds nothing to what `nn.Module.__init__` makes, such as `nn.ModuleDict`."""
+    made = kind.__new__(kind)
+    begin(made)
+    return made
 
 
 def let_go(name: str, *holders: nn.ModuleDict | nn.ParameterDict) -> None:
@@ -25,14 +57,18 @@ def acting_rate(dropout: nn.Module) -> float:
 def plain_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     """An `nn.Linear` that takes these very tensors as its parameters.
 
-    The constructor of `nn.Linear` would allocate and fill a weight first: 20 times the cost of this.
+    They want no gradients until their adapter is active. The constructor of `nn.Linear` would allocate and fill a
+    weight first: 20 times the cost of this.
     """
-    linear = nn.Linear.__new__(nn.Linear)
-    nn.Module.__init__(linear)
-    linear.out_features, linear.in_features = weight.shape
-    linear.weight = nn.Parameter(weight)
-    linear.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+    linear = bare(nn.Linear)
+    out_features, in_features = weight.shape
+    linear.__dict__.update(in_features=in_features, out_features=out_features)
+    linear._parameters.update(weight=_untrained(weight), bias=None if bias is None else _untrained(bias))
     return linear
+
+
+def _untrained(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -53,7 +89,7 @@ def looking_conv(base: Convolution, weight: Tensor) -> Convolution:
         bias=False,
         device="meta",
     )
-    made.weight = nn.Parameter(weight)
+    made.weight = _untrained(weight)
     return made
 
 
@@ -61,6 +97,6 @@ def pointwise_conv(weight: Tensor, bias: Tensor | None, *, groups: int) -> Convo
     """The 1 x 1 convolution with `weight` (out, r / groups, 1, ...)."""
     kind = _CONVOLUTIONS[weight.ndim - 2]
     made = kind(weight.shape[1] * groups, weight.shape[0], 1, groups=groups, bias=False, device="meta")
-    made.weight = nn.Parameter(weight)
-    made.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+    made.weight = _untrained(weight)
+    made.register_parameter("bias", None if bias is None else _untrained(bias))
     return made

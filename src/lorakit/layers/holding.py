@@ -13,17 +13,19 @@ from torch import nn
 
 from lorakit.errors import AdapterNameError
 from lorakit.layers.chosen import Owner
-from lorakit.layers.factors import let_go
+from lorakit.layers.factors import bare, let_go
+from lorakit.layers.flags import flag_factors
 from lorakit.layers.merging import MergingLayer
 from lorakit.layers.tokens import TokenRows
 from lorakit.layers.varied import Kept, Offset, drop_parts, hold_parts, parts_of
 from lorakit.specs import FILE_NAMES, TOKEN_ROWS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
+    from lorakit.layouts import Layout
     from lorakit.specs import AdapterSpec
     from lorakit.types import Factors
     from lorakit.variants import Variant
@@ -49,6 +51,11 @@ class Stored(NamedTuple):
     bias: Tensor | None
 
 
+_BY_ADAPTER = (
+    *("r", "lora_alpha", "scaling", "use_rslora", "lora_bias", "variants", "frozen", "tied", "tied_rows"),
+)
+
+
 class HoldingLayer(MergingLayer):
     """A base module that holds adapters; `LoraLayer` is how they act.
 
@@ -64,27 +71,37 @@ class HoldingLayer(MergingLayer):
         tied, tied_rows: the layer whose factors, or rows, are also this one's, by adapter name.
     """
 
+    owner: Owner
+    lora_dropout: nn.ModuleDict
+    r: dict[str, int]
+    lora_alpha: dict[str, float]
+    scaling: dict[str, Any]  # floats; tensors (0-d) once prepared for hot-swapping
+    use_rslora: dict[str, bool]
+    lora_bias: dict[str, bool]
+    variants: dict[str, Variant]
+    frozen: dict[str, frozenset[str]]
+    kept: Kept
+    layout: Layout
+    out_features: int
+    in_features: int
+    tied: dict[str, HoldingLayer]
+    tied_rows: dict[str, HoldingLayer]
     token_adapter: TokenRows | None
     lora_offset: nn.ModuleDict | None
 
     def __init__(self, base_layer: nn.Module, codec: WeightCodec) -> None:
         super().__init__(base_layer, codec)
-        self.owner = Owner()
-        self.lora_dropout = nn.ModuleDict()
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, Any] = {}  # floats; tensors (0-d) once prepared for hot-swapping
-        self.use_rslora: dict[str, bool] = {}
-        self.lora_bias: dict[str, bool] = {}
-        self.variants: dict[str, Variant] = {}
-        self.frozen: dict[str, frozenset[str]] = {}
-        self.kept = Kept()
-        self.register_module("lora_offset", None)
-        self.layout = codec.layout(self.get_base_layer())
-        self.out_features, self.in_features = self.layout.out, self.layout.row[0]
-        self.register_module("token_adapter", None)
-        self.tied: dict[str, HoldingLayer] = {}
-        self.tied_rows: dict[str, HoldingLayer] = {}
+        layout = codec.layout(self.get_base_layer())
+        named: dict[str, dict[str, Any]] = {name: {} for name in _BY_ADAPTER}
+        self.__dict__.update(
+            named,
+            owner=Owner(),
+            kept=Kept(),
+            layout=layout,
+            out_features=layout.out,
+            in_features=layout.row[0],
+        )
+        self._modules.update(lora_dropout=bare(nn.ModuleDict), lora_offset=None, token_adapter=None)
 
     # ---- what a final subclass supplies -------------------------------------------------------------
 
@@ -165,12 +182,12 @@ class HoldingLayer(MergingLayer):
         self.lora_alpha[name] = spec.lora_alpha
         self.scaling[name] = spec.scaling
         self.use_rslora[name] = use_rslora
-        self.lora_dropout[name] = nn.Dropout(spec.dropout) if spec.dropout > 0 else nn.Identity()
+        dropout = nn.Dropout(spec.dropout) if spec.dropout > 0 else bare(nn.Identity)
+        self.lora_dropout._modules[name] = dropout
 
     def _match_mode(self, name: str) -> None:
-        self.lora_dropout[name].training = self.training
-        for module in self.modules_of(name):
-            module.training = self.training
+        for module in (self.lora_dropout[name], *self.modules_of(name)):
+            module.__dict__["training"] = self.training
 
     def modules_of(self, name: str) -> tuple[nn.Module, ...]:
         """The modules that hold an adapter's factors, where modules hold them."""
@@ -248,6 +265,11 @@ class HoldingLayer(MergingLayer):
         for item in self.tensors(name):
             if isinstance(item.tensor, nn.Parameter):
                 yield item.tensor
+
+    def train_only(self, names: Collection[str]) -> None:
+        """Let the parameters of these adapters want gradients, and no other adapter's; as `set_requires_grad`."""
+        for name in flag_factors(self, names):
+            self.set_requires_grad([name], requires_grad=name in names)
 
     def set_requires_grad(self, names: Iterable[str], *, requires_grad: bool) -> None:
         """Set the flag on the parameters of these adapters, but for those that are never trained."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.layers.base import LoraLayer
-from lorakit.layers.factors import acting_rate, let_go, plain_linear
+from lorakit.layers.factors import acting_rate, bare, let_go, plain_linear
 from lorakit.layers.hooks import is_observed, may_keep_output
 from lorakit.layers.mixing import BankKeeper, rows_by_sample
 from lorakit.layers.varied import add_by_sample, add_variants, call_of, offset_of, parted, parted_by_sample
@@ -37,16 +37,23 @@ class Linear(LoraLayer):
         is_read: whether the parent may compute with `weight` and `bias` instead of calling the layer.
     """
 
+    is_read: bool
+    _fused_type: type[nn.Module] | None
+    _fresh_type: type[nn.Module] | None
+    _banks: BankKeeper
+
     def __init__(self, base_layer: nn.Module, codec: WeightCodec) -> None:
         super().__init__(base_layer, codec)
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
+        self.lora_A, self.lora_B = bare(nn.ModuleDict), bare(nn.ModuleDict)
+        kind = type(base_layer)
         # a subclass may compute something else, and a wrapper (FSDP) may take the base's place later
-        plain = type(base_layer) is nn.Linear or type(base_layer) is conv1d_class()
-        self._fused_type = type(base_layer) if plain else None
-        self._fresh_type = type(base_layer) if codec.gives_fresh(base_layer) else None
-        self._banks = BankKeeper()
-        self.is_read = False
+        plain = kind is nn.Linear or kind is conv1d_class()
+        self.__dict__.update(
+            _fused_type=kind if plain else None,
+            _fresh_type=kind if codec.gives_fresh(base_layer) else None,
+            _banks=BankKeeper(),
+            is_read=False,
+        )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in) -> (..., out); further arguments go to the base layer."""
@@ -196,8 +203,8 @@ class Linear(LoraLayer):
         return y + added
 
     def _hold(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
-        self.lora_A[name] = plain_linear(A)
-        self.lora_B[name] = plain_linear(B, bias)
+        self.lora_A._modules[name] = plain_linear(A)
+        self.lora_B._modules[name] = plain_linear(B, bias)
 
     def _let_go(self, name: str) -> None:
         self._banks.clear()

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from lorakit.errors import AdapterStateError, UnsupportedError
-from lorakit.layers.factors import plain_linear
+from lorakit.layers.factors import begin, plain_linear
 from lorakit.layers.hooks import outside_autocast
 from lorakit.layers.prepared import Aside, PreparedMerge, all_finite, non_finite
 from lorakit.layers.standin import stand_in
@@ -28,7 +28,7 @@ from lorakit.report import MergeReport
 from lorakit.weights import InFull
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Sequence
 
     from torch import Tensor
     from torch.utils.hooks import RemovableHandle
@@ -44,20 +44,30 @@ class MergingLayer(nn.Module, ABC):
         merged_adapters: names whose changes are in the base weight now, in the order they were merged.
     """
 
+    base_layer: nn.Module
+    codec: WeightCodec
+    merged_adapters: list[str]
+    _active: tuple[str, ...]
+    _enabled: bool
+    _original: WeightState | None
+    _merged_state: WeightState | None
+    _aside: Aside | None
+    _guards: Sequence[RemovableHandle]
+
     def __init__(self, base_layer: nn.Module, codec: WeightCodec) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.codec = codec
-        self.merged_adapters: list[str] = []
-        self._active: tuple[str, ...] = ()
-        self._enabled = True
-        self._original: WeightState | None = None
-        self._merged_state: WeightState | None = None
-        self._aside: Aside | None = None
-        self._guards: Sequence[RemovableHandle] = ()
-        if not isinstance(base_layer, MergingLayer):
-            self._guards = codec.guard(base_layer)
-        self.training = base_layer.training
+        begin(self)
+        self._modules["base_layer"] = base_layer
+        self.__dict__.update(
+            training=base_layer.training,
+            codec=codec,
+            merged_adapters=[],
+            _active=(),
+            _enabled=True,
+            _original=None,
+            _merged_state=None,
+            _aside=None,
+            _guards=() if isinstance(base_layer, MergingLayer) else codec.guard(base_layer),
+        )
         self.register_state_dict_post_hook(_describe_unmerged)  # type: ignore[no-untyped-call]
 
     # ---- what a subclass supplies -------------------------------------------------------------------
@@ -68,8 +78,8 @@ class MergingLayer(nn.Module, ABC):
         """Names of the adapters on this layer, in the order they were added."""
 
     @abstractmethod
-    def set_requires_grad(self, names: Iterable[str], *, requires_grad: bool) -> None:
-        """Set the flag on the parameters of these adapters."""
+    def train_only(self, names: Collection[str]) -> None:
+        """Let the parameters of these adapters want gradients, and no other adapter's."""
 
     @abstractmethod
     def _merged_into(
@@ -134,9 +144,8 @@ class MergingLayer(nn.Module, ABC):
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         if self.merged_adapters:
             self.unmerge()
-        self._active = tuple(names)
-        for name in self.adapters:
-            self.set_requires_grad([name], requires_grad=name in self._active and not inference_mode)
+        self.__dict__["_active"] = active = tuple(names)
+        self.train_only(() if inference_mode else active)
         self._install()
 
     def enable_adapters(self, enabled: bool) -> None:

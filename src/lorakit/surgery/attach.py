@@ -117,9 +117,6 @@ def put(
         _replace_base(registry, factors, undo)
         registry.configs[name] = plan.config
         registry.misfits[name] = {path: new.misfit for path, new in factors.items() if new.misfit is not None}
-        for item in registry.tensors(name):  # trainable once it is set active
-            if item.tensor.is_leaf:
-                item.tensor.requires_grad = False
         undo.pop_all()
     return registry
 
