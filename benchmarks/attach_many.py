@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import lorakit
 from benchmarks.models import narrow_llama
-from benchmarks.timing import Row, save
+from benchmarks.timing import Row, keeps, save
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -79,9 +79,9 @@ def measure(layers: int, counts: list[int], rounds: int) -> dict[str, dict[str, 
                 for name, model in models.items():
                     took = timed(lambda: model.load_adapter(folder, f"adapter{count}"))  # noqa: B023
                     if count in counts:
-                        note(f"load_adapter, the {count}th", name, took)
+                        note(f"load_adapter, the {ordinal(count)}", name, took)
                 if count in counts:
-                    note(f"load_adapter, the {count}th", "floor", timed(lambda: load_file(file)))
+                    note(f"load_adapter, the {ordinal(count)}", "floor", timed(lambda: load_file(file)))
                     after(models, count, note)
     return found
 
@@ -99,11 +99,25 @@ def after(models: dict[str, nn.Module], count: int, note: Callable[[str, str, fl
 def check(plain: nn.Module, folder: str, ids: torch.Tensor) -> None:
     """Refuses to time two sides that load different things."""
     with torch.no_grad():
-        logits = [
-            library.PeftModel.from_pretrained(copy.deepcopy(plain), folder)(ids).logits
-            for library in LIBRARIES.values()
-        ]
-    torch.testing.assert_close(logits[0], logits[1], rtol=1e-5, atol=1e-5)
+        found = [through(library, plain, folder, ids) for library in LIBRARIES.values()]
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(found[0][0], found[0][1]), "the adapter does nothing"
+
+
+def through(library: object, plain: nn.Module, folder: str, ids: torch.Tensor) -> list[torch.Tensor]:
+    """Logits after each operation that is timed."""
+    model = library.PeftModel.from_pretrained(copy.deepcopy(plain), folder)
+    logits = [model(ids).logits]
+    with model.disable_adapter():
+        logits.append(model(ids).logits)
+    model.add_adapter("more", library.LoraConfig(**FIELDS))  # its B is zero
+    model.set_adapter("more")
+    logits.append(model(ids).logits)
+    model.load_adapter(folder, "adapter2")
+    model.set_adapter("adapter2")
+    model.delete_adapter("more")
+    return [*logits, model(ids).logits]
 
 
 def row(operation: str, times: dict[str, list[float]]) -> Row:
@@ -149,9 +163,13 @@ def main() -> None:
     print(
         f"the last load costs {last['lorakit'] / first['lorakit']:.2f} times the 2nd; PEFT's {last['PEFT'] / first['PEFT']:.2f}"
     )
-    if not quick:
+    if keeps(full=not quick):
         growth = {name: last[name] / first[name] for name in LIBRARIES}
         save("attach_many", rows, {"last_load_over_second": growth, "modules": 7 * layers})
+
+
+def ordinal(count: int) -> str:
+    return f"{count}{ {1: 'st', 2: 'nd', 3: 'rd'}.get(count % 10 if count // 10 != 1 else 0, 'th') }"
 
 
 def order(operation: str) -> tuple[str, int]:

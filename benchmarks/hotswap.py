@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import lorakit
 from benchmarks.models import narrow_llama
-from benchmarks.timing import Row, interleave, save
+from benchmarks.timing import Row, interleave, keeps, save
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -119,7 +119,7 @@ def main() -> None:
                 f"{row.ratio['PEFT']:>10.2f} ±{row.spread['PEFT']:.2f}{1 / row.ratio['file']:>11.1f}",
                 flush=True,
             )
-    if not quick:  # the figures on record are those of the full size
+    if keeps(full=not quick):
         save("hotswap", rows, {"difference of logits": differences})
 
 

@@ -19,7 +19,7 @@ from peft.utils import loftq_utils
 from torch import nn
 
 from benchmarks import eva
-from benchmarks.timing import interleave, save
+from benchmarks.timing import interleave, keeps, save
 from lorakit import LoftQConfig
 from lorakit.init import initialise
 from lorakit.layouts import matrix_layout
@@ -238,7 +238,7 @@ def main() -> None:
         row = interleave(case.name, {"lorakit": both.ours, "PEFT": both.theirs}, rounds=rounds, warmup=1)
         rows.append(row)
         show(rows[-1], errors[case.name])
-    if chosen.large:  # the figures on record are those of all sizes
+    if keeps(full=chosen.large):  # the figures on record are those of all sizes
         save("init", rows, {"error": errors})
 
 

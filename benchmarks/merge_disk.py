@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.timing import RESULTS, machine
+from benchmarks.timing import keeps, write
 
 WAYS = ("lorakit", "PEFT")
 TARGETS = {"all linear layers": "all-linear", "q and v": ["q_proj", "v_proj"]}
@@ -161,10 +161,8 @@ def main() -> None:
                     f"  {way:<8} {figures['seconds']:6.2f} s  {figures['cpu']:6.2f} s CPU  {figures['megabytes']:7.0f} MB"
                 )
             rows.append({"name": name, "base_megabytes": size, **medians})
-    if not arguments.quick:
-        RESULTS.mkdir(exist_ok=True)
-        content = {"machine": machine(), "rows": rows}
-        (RESULTS / "merge_disk.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    if keeps(full=not arguments.quick):
+        write("merge_disk", {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 
 import lorakit
-from benchmarks.timing import Row, interleave, save
+from benchmarks.timing import Row, interleave, keeps, save
 from lorakit.layers.linear import Linear as LoraLinear
 from lorakit.ops import Bank, Groups, Term, lora_grouped
 from lorakit.ops.grouped_costs import choose
@@ -150,7 +150,7 @@ def layers(quick: bool) -> list[Row]:
     for base, factors in DTYPES:
         for tokens in (1,) if quick else (1, 32):
             for adapters in (1, 4, 16, 64):
-                row, path = one_layer(Case(base, factors, tokens, adapters), rounds=15 if quick else 60)
+                row, path = one_layer(Case(base, factors, tokens, adapters), rounds=8 if quick else 60)
                 rows.append(row)
                 us = {key: 1e3 * value for key, value in row.milliseconds.items()}
                 print(
@@ -224,11 +224,7 @@ def models(quick: bool) -> list[Row]:
     print(
         f"\n{f'Llama, {DEPTH} layers':<42}{'base ms':>9}{'PEFT':>8}{'lorakit':>9}{'PEFT/ours':>15}{'overhead':>10}{FLOORS}"
     )
-    cases = (
-        [(64, 8, 1), (64, 32, 1)]
-        if quick
-        else [(64, 8, 1), (64, 32, 1), (1024, 8, 1), (1024, 32, 1), (1024, 8, 64)]
-    )
+    cases = [(64, 8, 1)] if quick else [(64, 8, 1), (64, 32, 1), (1024, 8, 1), (1024, 32, 1), (1024, 8, 64)]
     rows = []
     for dtype in dict.fromkeys(base for base, _ in DTYPES):
         for width, adapters, tokens in cases:
@@ -250,7 +246,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
     rows = layers(quick) + models(quick)
-    if not quick:  # the figures on record are those of the full size
+    if keeps(full=not quick):
         save("mixed_batch", rows)
 
 

@@ -18,7 +18,7 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import lorakit
-from benchmarks.timing import Row, interleave, save
+from benchmarks.timing import Row, interleave, keeps, save
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -205,7 +205,7 @@ def main() -> None:
                     f"{1 / row.ratio['frozen']:>13.2f}{saved if row is found[0] else ''}",
                     flush=True,
                 )
-    if not quick:  # the figures on record are those of the full size
+    if keeps(full=not quick):
         save("moe_step", rows, {"memory": memory})
 
 

@@ -2,13 +2,13 @@
 
 Run `python -m benchmarks.one_layer` from the root of the repository. The input requires a gradient, the base weight is
 frozen, adapters are float32 with r=16. One thread, CPU time of that thread, the candidates interleaved, medians.
-A first step compares outputs and gradients, and stops if they disagree.
+A first step compares outputs and gradients, and stops if they disagree. `lora_linear` computes the base product too;
+`lora_add` adds to what any base gave: the table has a row for each.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +17,7 @@ from peft.tuners.lora import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch.nn.functional import linear
 
+from benchmarks.timing import Row, keeps, save, summarise
 from lorakit.ops import Term, lora_add, lora_linear
 
 if TYPE_CHECKING:
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RANK, ALPHA = 16, 32
+OURS = ("lora_add", "lora_linear")
 # without bf16 arithmetic one bf16 product of these sizes takes seconds, and says nothing of the layers
 DTYPES = "float32,bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 AGREE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}  # relative, Frobenius
 
 
@@ -59,7 +62,7 @@ def build(case: Case) -> Candidates:
     terms = [Term(A, B, None, ALPHA / RANK, case.dropout)]
     forwards = {
         "frozen": lambda x: linear(x, base.weight),
-        "peft": layer,
+        "PEFT": layer,
         "lora_add": lambda x: lora_add(linear(x, base.weight), x, terms),
         "lora_linear": lambda x: lora_linear(x, base.weight, None, terms),
     }
@@ -79,16 +82,16 @@ def step(forward: Callable[[Tensor], Tensor], c: Candidates) -> list[Tensor]:
 def check(case: Case) -> None:
     """Stop unless all three give PEFT's outputs and gradients without dropout."""
     c = build(case._replace(dropout=0.0))
-    wanted = step(c.forwards["peft"], c)
-    for name in ("lora_add", "lora_linear"):
+    wanted = step(c.forwards["PEFT"], c)
+    for name in OURS:
         for label, got, want in zip(("y", "dx", "dA", "dB"), step(c.forwards[name], c), wanted, strict=True):
             error = float((got.double() - want.double()).norm() / want.double().norm())
             if not error <= AGREE[case.dtype]:
                 raise SystemExit(f"{case}: {label} of {name} is {error:.1e} from PEFT's")
 
 
-def measure(case: Case, repeats: int) -> dict[str, float]:
-    """Median CPU milliseconds of one forward and backward of each candidate."""
+def measure(case: Case, repeats: int) -> list[Row]:
+    """One forward and backward of each candidate; a row for each of ours."""
     c = build(case)
     for forward in c.forwards.values():
         step(forward, c)
@@ -97,8 +100,11 @@ def measure(case: Case, repeats: int) -> dict[str, float]:
         for name, forward in c.forwards.items():
             start = time.thread_time()
             step(forward, c)
-            times[name].append(1e3 * (time.thread_time() - start))
-    return {name: statistics.median(values) for name, values in times.items()}
+            times[name].append(time.thread_time() - start)
+    peers = {name: values for name, values in times.items() if name not in OURS}
+    features, out = case.shape
+    head = f"{features} x {out}, {SHORT[case.dtype]}, p={case.dropout:g}"
+    return [summarise(f"{head}, {name}", {"lorakit": times[name], **peers}) for name in OURS]
 
 
 def main() -> None:
@@ -109,24 +115,26 @@ def main() -> None:
     parser.add_argument("--dtypes", default=DTYPES)
     parser.add_argument("--quick", action="store_true", help="fp32 at the smaller shapes, few repeats")
     args = parser.parse_args()
+    full = vars(args) == vars(parser.parse_args([]))  # other sizes are not those on record
     if args.quick:
         args.repeats, args.shapes, args.dtypes = 5, "1024x1024,2816x1024", "float32"
     torch.set_num_threads(1)
     shapes = [tuple(int(n) for n in shape.split("x")) for shape in args.shapes.split(",")]
-    print(
-        f"{'in x out':>12} {'dtype':>9} {'p':>5} | {'frozen ms':>9} {'PEFT ms':>9} | T1: PEFT/ours ours/frozen | T2: ..."
-    )
+    rows = []
+    print(f"{'in x out':<44}{'frozen ms':>10}{'PEFT ms':>9}{'PEFT/ours':>16}{'ours/frozen':>13}")
     for dtype in (getattr(torch, name) for name in args.dtypes.split(",")):
         for features, out in shapes:
             check(Case((features, out), dtype, 0.0, args.tokens))
             for dropout in (0.0, 0.05):
-                ms = measure(Case((features, out), dtype, dropout, args.tokens), args.repeats)
-                ratios = "".join(
-                    f" | {ms['peft'] / ms[name]:10.2f} {ms[name] / ms['frozen']:11.2f}"
-                    for name in ("lora_add", "lora_linear")
-                )
-                head = f"{features:>6}x{out:<5} {str(dtype).removeprefix('torch.'):>9} {dropout:5.2f}"
-                print(f"{head} | {ms['frozen']:9.1f} {ms['peft']:9.1f}{ratios}", flush=True)
+                for row in measure(Case((features, out), dtype, dropout, args.tokens), args.repeats):
+                    rows.append(row)
+                    print(
+                        f"{row.name:<44}{row.milliseconds['frozen']:>10.1f}{row.milliseconds['PEFT']:>9.1f}"
+                        f"{row.ratio['PEFT']:>10.2f} ±{row.spread['PEFT']:.2f}{1 / row.ratio['frozen']:>13.2f}",
+                        flush=True,
+                    )
+    if keeps(full=full):
+        save("one_layer", rows)
 
 
 if __name__ == "__main__":

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import platform
 import statistics
 import time
 from dataclasses import asdict, dataclass
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.figures import RECORD, SCRATCH
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get(SCRATCH) or RECORD)
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,14 @@ def interleave(
             if index >= warmup:
                 times[key].append(time.thread_time() - start)
     gc.collect()
+    return summarise(name, times, ours=ours)
+
+
+def summarise(name: str, times: Mapping[str, list[float]], *, ours: str = "lorakit") -> Row:
+    """The row of what was timed round by round, in seconds, by variant."""
     ratios = {
-        key: [theirs / mine for theirs, mine in zip(times[key], times[ours], strict=True)]
-        for key in variants
+        key: [theirs / mine for theirs, mine in zip(values, times[ours], strict=True)]
+        for key, values in times.items()
         if key != ours
     }
     return Row(
@@ -72,6 +81,8 @@ def interleave(
 
 
 def _half_quartile_distance(values: list[float]) -> float:
+    if len(values) < 2:
+        return 0.0
     low, _, high = statistics.quantiles(values, n=4)
     return (high - low) / 2
 
@@ -79,21 +90,33 @@ def _half_quartile_distance(values: list[float]) -> float:
 def machine() -> dict[str, str]:
     """What the figures depend on."""
     names = ("torch", "transformers", "peft")
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
+    about = dict(
+        (part.strip() for part in line.partition(":")[::2])
+        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     )
-    return {"cpu": cpu, "python": platform.python_version(), "threads": str(torch.get_num_threads())} | {
-        name: version(name) for name in names
-    }
+    flags = about.get("flags", "").split()
+    return {
+        "cpu": about.get("model name", platform.processor()),
+        "arithmetic": " ".join(
+            flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags
+        ),
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+    } | {name: version(name) for name in names}
+
+
+def keeps(*, full: bool) -> bool:
+    """Whether figures are written: those of the full size, and any where a folder was named that is not the record."""
+    return full or SCRATCH in os.environ
 
 
 def save(benchmark: str, rows: list[Row], extra: Mapping[str, object] | None = None) -> None:
     """Write the figures of one benchmark to `results/<benchmark>.json`."""
+    write(benchmark, {"rows": [asdict(row) for row in rows], **(extra or {})})
+
+
+def write(benchmark: str, figures: Mapping[str, object]) -> None:
+    """Write figures of any form, with the machine and the day."""
     RESULTS.mkdir(exist_ok=True)
-    content = {"machine": machine(), "rows": [asdict(row) for row in rows], **(extra or {})}
+    content = {"machine": machine(), "day": date.today().isoformat(), **figures}  # noqa: DTZ011
     (RESULTS / f"{benchmark}.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")

@@ -1,0 +1,78 @@
+"""The ratios that lorakit is to reach, as data. `row` is a pattern for the names of a benchmark's readings.
+
+A pattern names the size that the ratio is wanted at. A row whose benchmark was run at another size, or not yet, is
+"not measured" rather than judged by its neighbour. Where a pattern fits several readings, the worst one counts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Target(NamedTuple):
+    """One line of the table.
+
+    Attributes:
+        what: the dimension, in words.
+        benchmark: the name of its file.
+        row: a shell pattern for `Reading.row`.
+        wanted: at least this many times PEFT's; with `most` instead at most this many times the floor.
+        most: whether `wanted` bounds lorakit over the floor from above.
+        why: why it is not reached, where that is known; shown only while it is not.
+    """
+
+    what: str
+    benchmark: str
+    row: str
+    wanted: float
+    most: bool = False
+    why: str = ""
+
+
+_DECODE = (
+    "torch's bf16 products alone leave no more on this machine: see "
+    "[what a decode step can gain at most](#what-a-decode-step-can-gain-at-most)"
+)
+_FLAGS = "both sides set `requires_grad` of every adapter's parameters"
+_FILE = "reading, the digest and the checks of header, keys and finiteness are most of it"
+_KEPT = "the original weight is kept, so that unmerging gives back its very bits, and every result is checked to be finite"
+_SMALL = "lorakit's memory does not grow with the base, and this base is smaller than the one of 2.6 GB that the ratio was set for"
+
+TARGETS = (
+    Target("training step, bf16, fp32 adapters", "train_step", "bf16 base, fp32 adapters, p=0, d=1024*[0-9]", 1.40),
+    Target("the same over the frozen step", "train_step", "bf16 base, fp32 adapters, p=0, d=1024*[0-9]", 1.15, most=True),
+    Target("training step, bf16, fp32 adapters, dropout", "train_step", "bf16 base, fp32 adapters, p=0.05, d=1024*[0-9]", 1.5),
+    Target("training step, compiled, bf16", "train_step", "*compile*[0-9]", 1.55),
+    Target("training step, checkpointed, dropout", "train_step", "*checkpoint*p=0.05*[0-9]", 1.65),
+    Target("training step, fp32", "train_step", "fp32, p=0, d=1024*[0-9]", 1.06),
+    Target("training step, fp32, dropout", "train_step", "fp32, p=0.05, d=1024*[0-9]", 1.13),
+    Target("kept for backward, bf16", "train_step", "bf16 base, fp32 adapters, p=0, d=1024*kept for backward", 1.55),
+    Target("one layer, bf16, 1024 x 1024", "one_layer", "1024 x 1024, bf16, *lora_linear", 2.0),
+    Target("one layer, bf16, 4096 x 4096", "one_layer", "4096 x 4096, bf16, *lora_linear", 1.5),
+    Target("QLoRA layer, nf4", "one_layer", "*nf4*", 2.0),
+    Target("mixed batch, decode, 8 adapters, bf16", "mixed_batch", "bf16, d=1024, 8 adapters, 8x1 tokens", 2.0, why=_DECODE),
+    Target("mixed batch, decode, 32 adapters, bf16", "mixed_batch", "bf16, d=1024, 32 adapters, 32x1 tokens", 4.0, why=_DECODE),
+    Target("DoRA step, 4096 x 4096, bf16", "dora_step", "layer 4096 x 4096, bf16, step", 8.0),
+    Target("DoRA, one token, 4096 x 4096, bf16", "dora_step", "layer 4096 x 4096, bf16, eval of 1", 50.0),
+    Target("svd of two adapters, 4096 x 4096", "combine_svd", "svd, 2 x r=16, 4096x4096", 1000.0),
+    Target("svd of two adapters, 1024 x 1024", "combine_svd", "svd, 2 x r=16, 1024x1024", 200.0),
+    Target("PiSSA, 4096 x 4096", "init", "PiSSA, 4096x4096", 40.0),
+    Target(
+        "OLoRA, 4096 x 4096", "init", "OLoRA, 4096x4096", 150.0,
+        why="the weight is copied before it is read, which takes two thirds of the time",
+    ),
+    Target("LoftQ, 4 bits, 4096 x 4096", "init", "LoftQ, 4 bits, 1 step, 4096x4096", 10.0),
+    Target("merging in place, fp32, 4096 x 4096", "scaling", "merge, 4096 x 4096, fp32", 9.0, why=_KEPT),
+    Target("merging in place, bf16, 4096 x 4096", "scaling", "merge, 4096 x 4096, bf16", 9.0, why=_KEPT),
+    Target("experts, step, grouped", "moe_step", "*grouped_mm, step", 2.0),
+    Target("experts, step, eager, 128 experts", "moe_step", "E=128*eager, step", 30.0),
+    Target("experts, kept for backward, 128 experts", "moe_step", "E=128*grouped_mm, kept for backward", 12.0),
+    Target("load_adapter, the 2nd", "attach_many", "load_adapter, the 2nd", 15.0, why=_FILE),
+    Target("load_adapter, the 12th", "attach_many", "load_adapter, the 12th", 35.0, why=_FILE),
+    Target("get_peft_model", "attach_many", "get_peft_model", 8.0),
+    Target("set_adapter, of 12", "attach_many", "set_adapter, of 12", 50.0, why=_FLAGS),
+    Target("hotswap", "hotswap", "r=16 and r=16, 32 layers", 8.0, why=_FILE),
+    Target("import, over torch", "importing", "import, over torch", 60.0),
+    Target("merging on disk, memory", "merge_disk", "all linear layers, memory", 50.0, why=_SMALL),
+    Target("merging on disk, CPU time", "merge_disk", "all linear layers, CPU time", 2.5),
+)  # fmt: skip
