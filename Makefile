@@ -30,10 +30,10 @@ check: $(STAMP) ## lint, format, types, architecture
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
-bench: $(STAMP) ## side by side with PEFT and with the floor; prints the table and writes benchmarks/results
+bench: $(STAMP) ## side by side with PEFT and with the floor; prints the table, writes docs/benchmarks.md and its plots
 	$(BIN)/python -W ignore -m benchmarks
 
-bench-quick: $(STAMP) ## the same with few rounds; keeps no figures
+bench-quick: $(STAMP) ## the same in two minutes, small sizes and few rounds; keeps no figures
 	$(BIN)/python -W ignore -m benchmarks --quick
 
 format: $(STAMP) ## put the code into the one format

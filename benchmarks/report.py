@@ -204,6 +204,14 @@ def peft_over(side: str) -> Cell:
     return cell
 
 
+def overhead(row: Row, _: Result) -> str:
+    """What PEFT adds to the base over what lorakit adds."""
+    times = row.get("milliseconds", {})
+    if not {"base", "lorakit", "PEFT"} <= times.keys() or times["lorakit"] <= times["base"]:
+        return NOTHING
+    return number((times["PEFT"] - times["base"]) / (times["lorakit"] - times["base"]))
+
+
 def extra(key: str, side: str) -> Cell:
     """What another part of the file says about the row."""
     return lambda row, result: _maybe(result.content.get(key, {}).get(row["name"], {}).get(side), small=True)
@@ -236,7 +244,7 @@ TABLES = {
     "one_layer": Table("one_layer", "one projection", FROZEN),
     "attach_many": Table("attach_many", "operation", {**PAIR, "lorakit / file": over("floor")}),
     "mixed_layer": Table("mixed_batch", "one layer", {**PAIR, **FACTOR}, "*S=*"),
-    "mixed_model": Table("mixed_batch", "whole model", {"base, ms": ms("base"), **PAIR, **FACTOR}, "*tokens"),
+    "mixed_model": Table("mixed_batch", "whole model", {"base, ms": ms("base"), **PAIR, "overhead": overhead, **FACTOR}, "*tokens"),
     "combine_svd": Table("combine_svd", "combining", PAIR),
     "moe_step": Table("moe_step", "experts", FROZEN),
     "hotswap": Table("hotswap", "a swap", {**PAIR, "lorakit / file": over("file")}),
