@@ -12,15 +12,18 @@ from lorakit.layers.base import LoraLayer
 from lorakit.layers.factors import acting_rate, bare, let_go, plain_linear
 from lorakit.layers.hooks import is_observed, may_keep_output
 from lorakit.layers.mixing import BankKeeper, rows_by_sample
+from lorakit.layers.together import read_together
 from lorakit.layers.varied import add_by_sample, add_variants, call_of, offset_of, parted, parted_by_sample
 from lorakit.layers.whole import acting_on_all, changed_stand_in
 from lorakit.ops import Term, lora_add, lora_grouped, lora_linear
+from lorakit.ops.fused import is_frozen_base
 from lorakit.weights.dense import conv1d_class
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from lorakit.layers.chosen import Chosen
+    from lorakit.layers.together import Group
     from lorakit.variants import Held
     from lorakit.weights import WeightCodec
 
@@ -35,7 +38,10 @@ class Linear(LoraLayer):
     Attributes:
         lora_A, lora_B: the factors by adapter name, as bias-free Linears (B has a bias under `lora_bias`).
         is_read: whether the parent may compute with `weight` and `bias` instead of calling the layer.
+        group: the layers that are expected to read the same input as this one, or None.
     """
+
+    group: Group | None = None
 
     is_read: bool
     _fused_type: type[nn.Module] | None
@@ -112,9 +118,28 @@ class Linear(LoraLayer):
         base = self.base_layer
         if type(base) is self._fused_type and not args and not kwargs and not is_observed(base):
             held = cast("nn.Linear", base)
+            shared = None
+            if self.group is not None and not torch.compiler.is_compiling():
+                shared = read_together(self, x, held, terms)
+            if shared is not None:
+                return shared
             return lora_linear(x, held.weight, held.bias, terms, transposed=self.layout.transposed)
         y: Tensor = base(x, *args, **kwargs)
         return lora_add(self._given_away(y), x, terms) if terms else y
+
+    def plain_terms(self) -> Sequence[Term] | None:
+        """What acts on the layer now, if that is a sum of terms on a base that may be computed around; else None."""
+        route, by_sample = self.acting()
+        base = self.base_layer
+        if by_sample is not None or self.token_adapter is not None or type(base) is not self._fused_type:
+            return None
+        factors, varied = parted(self, route)
+        return None if varied or is_observed(base) or is_observed(self) else self._terms(factors)
+
+    def is_frozen(self, x: Tensor) -> bool:
+        """Whether the base gets no gradient of its own, and has the dtype of x."""
+        base = cast("nn.Linear", self.base_layer)
+        return is_frozen_base(x, base.weight, base.bias)
 
     def _finished(
         self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], x: Tensor

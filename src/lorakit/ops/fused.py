@@ -116,7 +116,7 @@ def lora_linear(
 
     Source: Hu et al., 2021, arXiv:2106.09685.
     """
-    if must_compose(x, terms) or not _is_frozen_base(x, W, b):
+    if must_compose(x, terms) or not is_frozen_base(x, W, b):
         return lora_add(linear(x, W.t() if transposed else W, b), x, terms)
     call = _call(x, terms, transposed=transposed)
     if not terms and call.products == call.result:
@@ -206,7 +206,7 @@ def _flat(terms: Sequence[Term]) -> list[Tensor | None]:
     return [tensor for term in terms for tensor in term[:3]]
 
 
-def _is_frozen_base(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
+def is_frozen_base(x: Tensor, W: Tensor, b: Tensor | None) -> bool:
     """Whether the base product is one that the node may own: no gradient of its own, and dtypes that torch accepts."""
     if type(W) not in PLAIN or (W.dtype != x.dtype and not in_autocast(x.device.type)):
         return False

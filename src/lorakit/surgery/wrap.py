@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorakit.layers import PARAMETER, Linear, ParamWrapper, Place, kind_of
+from lorakit.layers.together import group_of, is_alike
 from lorakit.surgery.describe import may_read
 from lorakit.surgery.naming import outermost_first
 from lorakit.weights import find_codec
@@ -31,6 +32,22 @@ def wrap_module(registry: AdapterRegistry, description: Description, path: str) 
         layer.is_read = any(may_read(place.owner, place.attribute) for place in node.places)
     registry.install(path, node.places, layer)
     registry.layers[path] = layer
+    if isinstance(layer, Linear) and node.places:
+        _group(layer, node.places[0].owner)
+
+
+def _group(layer: Linear, parent: nn.Module) -> None:
+    """Join a layer to those of its siblings that may read the same input."""
+    row = layer.layout.row
+    siblings = {
+        name: child
+        for name, child in parent._modules.items()
+        if isinstance(child, Linear) and child.layout.row == row and is_alike(name)
+    }
+    group = group_of(siblings)
+    if group is not None:
+        for sibling in siblings.values():
+            sibling.group = group
 
 
 def wrap_parameter(registry: AdapterRegistry, description: Description, path: str) -> None:
