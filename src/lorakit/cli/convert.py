@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def convert(
     source: Annotated[Path, typer.Argument(help="File or folder of the adapter.")],
-    output: Annotated[Path, typer.Argument(help="File or folder to write.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File or folder to write.")],
     to: Annotated[
         str, typer.Option(help="peft, diffusers, kohya (also for ComfyUI), gguf, mlx or torchtune.")
     ],
@@ -38,12 +38,11 @@ def convert(
 
     What it does to the weights stays the same; what the target has no place for is refused. docs/convert.md has the table.
 
-    Example: lorakit convert my-adapter my-adapter.gguf --to gguf --base Llama-3.2-1B
+    Example: lorakit convert my-adapter -o my-adapter.gguf --to gguf --base Llama-3.2-1B
 
-    One model's part of a Stable Diffusion LoRA: lorakit convert style.safetensors unet-lora --to peft --component unet
+    One model's part of a Stable Diffusion LoRA: lorakit convert style.safetensors -o unet-lora --to peft --component unet
     """
-    console = console_for(as_json=as_json)
-    with progress(console) as show:
+    with progress(console_for(as_json=True)) as show:
         result = convert_files(
             source,
             output,
@@ -57,6 +56,7 @@ def convert(
     if as_json:
         print_json(result)
         return
+    console = console_for(as_json=False)
     console.print(_table(result))
     for note in result.notes:
         console.print(f"note: {escaped(note)}")

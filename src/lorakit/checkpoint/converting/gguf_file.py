@@ -33,6 +33,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _TEXT, _ARRAY = 8, 9
 _DTYPES = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
 _ALIGNMENT = 32
+_LARGEST = 1 << 40
 _MOST_FIELDS, _MOST_TENSORS, _MOST_DIMENSIONS = 10_000, 200_000, 4
 
 
@@ -194,6 +195,8 @@ def _header(reader: _Reader) -> tuple[dict[str, Any], dict[str, _Place]]:
                 f"{reader.where}: the tensor {name[:200]!r} occurs twice or has {dimensions} dimensions"
             )
         shape = tuple(reader.number("Q") for _ in range(dimensions))[::-1]
+        if any(size > _LARGEST for size in shape):
+            raise AdapterFormatError(f"{reader.where}: the tensor {name[:200]!r} claims to be of {shape}")
         kind = reader.number("I")
         places[name] = _Place(reader.number("Q"), shape, kind)
     return found, places
@@ -223,6 +226,6 @@ def _tensor(reader: _Reader, data: int, place: _Place) -> Tensor:
     tensor = torch.empty(place.shape, dtype=_DTYPES[place.kind])
     memory = raw_bytes(tensor)
     reader.file.seek(data + place.begin)
-    if reader.file.readinto(memory) != len(memory):
+    if memory and reader.file.readinto(memory) != len(memory):
         raise AdapterFormatError(f"{reader.where}: cut while it was read; try again")
     return tensor

@@ -121,6 +121,7 @@ def write(adapter: Adapter, target: Path, context: Context) -> None:
     tensors: dict[str, Tensor] = {}
     unknown: list[str] = []
     for component, part in components.items():
+        prefix = _prefix(component, two_encoders=original)
         flat_names = _flat_names(component, context.base, original=original)
         for path, piece in part.pieces.items():
             flat = flat_names.get(path)
@@ -128,7 +129,7 @@ def write(adapter: Adapter, target: Path, context: Context) -> None:
                 unknown.append(path)
                 continue
             A, B, _ = piece.layout.join([piece.factors])
-            name = _prefix(component, two_encoders=original) + flat
+            name = prefix + flat
             tensors.update(
                 {
                     f"{name}.lora_down.weight": A,
