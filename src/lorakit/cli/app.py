@@ -10,6 +10,7 @@ from rich.console import Console
 
 from lorakit.cli.combine import combine
 from lorakit.cli.convert import convert
+from lorakit.cli.convert import convert
 from lorakit.cli.demo import demo
 from lorakit.cli.diff import diff
 from lorakit.cli.doctor import doctor
@@ -46,6 +47,7 @@ def _verb(run: Callable[..., None]) -> Callable[..., None]:
 
 app.command()(_verb(demo))
 app.command()(_verb(merge))
+app.command()(_verb(convert))
 app.command()(_verb(convert))
 app.command()(_verb(doctor))
 app.command()(_verb(estimate))
