@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from lorakit.diagnosis.doctor import doctor
     from lorakit.diagnosis.finding import Finding
     from lorakit.estimating.estimate import Estimate, estimate
+    from lorakit.extracting.extract import Extraction, extract
     from lorakit.helpers import (
         DoraCaching,
         MontecloraTrainerMixin,
@@ -156,6 +157,7 @@ _HOMES = {
     ),
     "diagnosis.doctor": ("doctor",),
     "diagnosis.finding": ("Finding",),
+    "extracting.extract": ("Extraction", "extract"),
     "estimating.estimate": ("Estimate", "estimate"),
     "helpers": ("DoraCaching", "MontecloraTrainerMixin", "check_if_peft_model", "rescale_adapter_scale"),
     "hotswap": ("hotswap_adapter", "prepare_model_for_compiled_hotswap"),

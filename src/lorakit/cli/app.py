@@ -15,6 +15,7 @@ from lorakit.cli.demo import demo
 from lorakit.cli.diff import diff
 from lorakit.cli.doctor import doctor
 from lorakit.cli.estimate import estimate
+from lorakit.cli.extract import extract
 from lorakit.cli.inspect import inspect
 from lorakit.cli.merge import merge
 from lorakit.cli.resize import resize
@@ -52,6 +53,7 @@ app.command()(_verb(convert))
 app.command()(_verb(doctor))
 app.command()(_verb(estimate))
 app.command()(_verb(combine))
+app.command()(_verb(extract))
 app.command()(_verb(resize))
 app.command()(_verb(diff))
 app.command()(_verb(inspect))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path  # noqa: TC003 - typer reads it
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,6 +11,13 @@ from lorakit.cli.output import console_for, escaped, print_json, progress
 from lorakit.cli.rows import Rows, first_of, table_of
 from lorakit.combiners import METHODS
 from lorakit.tools import combine as library_combine
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from lorakit.checkpoint.combining import Combination
 
 
 def combine(
@@ -67,15 +74,16 @@ def combine(
     if as_json:
         print_json(result)
         return
-    console = console_for(as_json=False)
+    _print(result, [path.name for path in adapters], rows, console_for(as_json=False))
+
+
+def _print(result: Combination, names: Sequence[str], rows: int, console: Console) -> None:
     table = table_of("layer", "rank", "energy kept", title=escaped(result.output))
     layers = sorted(result.layers, key=lambda layer: layer.kept)
     for layer in first_of(layers, rows, console):
         table.add_row(escaped(layer.path), str(layer.rank), f"{100 * layer.kept:.3f} %")
     console.print(table)
-    told = " + ".join(
-        f"{number:g} · {path.name}" for number, path in zip(result.weights, adapters, strict=True)
-    )
+    told = " + ".join(f"{number:g} · {name}" for number, name in zip(result.weights, names, strict=True))
     console.print(
         f"{escaped(told)} by {result.method}: {len(layers)} weights, {result.parameters:,} parameters",
         highlight=False,

@@ -1,0 +1,1 @@
+"""A full fine-tune as an adapter: what two checkpoints differ in, weight by weight, in factors."""
