@@ -55,18 +55,18 @@ def convert(
 ) -> Converted:
     """Write an adapter in the format of another tool.
 
-    What the adapter does to the weights stays the same: scalings, layouts and the order of rows are translated, and what the
-    target has no place for is refused.
+    What the adapter does to the weights stays the same: scalings, layouts and the order of rows are translated, and
+    what the target has no place for is refused.
 
     Args:
         source: the file or folder.
         output: the file or folder to write; `.safetensors` for "kohya", `.gguf` for "gguf", either for "diffusers".
         to: "peft", "diffusers", "kohya" (ComfyUI reads it too), "gguf", "mlx" or "torchtune".
         from_: the same, of the source; None looks.
-        base: a local folder of the base. "gguf" and "torchtune" need its config.json; "kohya" needs the headers of its safetensors
-            files, where it is neither SD 1.5 nor SDXL; "mlx" its config.json for embeddings and heads.
-        component: of a pipeline: which model's adapter to take out of `source`, or which model a PEFT adapter is for ("unet",
-            "text_encoder" ...).
+        base: a local folder of the base. "gguf" and "torchtune" need its config.json; "kohya" needs the headers of its
+            safetensors files, where it is neither SD 1.5 nor SDXL; "mlx" its config.json for embeddings and heads.
+        component: of a pipeline: which model's adapter to take out of `source`, or which model a PEFT adapter is for
+            ("unet", "text_encoder" ...).
         overwrite: replace what is in `output`.
         progress: is called with (what, done, total).
 
@@ -75,8 +75,8 @@ def convert(
 
     Raises:
         ConfigError: the request is not sound, or `output` is taken.
-        AdapterNotFoundError, AdapterFormatError, NonFiniteError: the source cannot be read, or names modules that the target does
-            not know.
+        AdapterNotFoundError, AdapterFormatError, NonFiniteError: the source cannot be read, or names modules
+            that the target does not know.
         UnsupportedError: the adapter has something that the target has no place for, or that lorakit cannot translate.
         OSError: the disk refused. Nothing was written after any of these.
     """

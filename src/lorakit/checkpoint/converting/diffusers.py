@@ -1,8 +1,9 @@
 """The format of diffusers' pipelines: PEFT's names under the name of the model, in `pytorch_lora_weights.safetensors`.
 
-The config of each model is in the header's metadata (`lora_adapter_metadata`), as diffusers 0.34 and later writes and reads
-it; without it every module's scaling is 1. The older names of the tensors (`lora.down`, `lora_linear_layer.down`, and those of
-attention processors) are read too. Facts: `diffusers.loaders.lora_base`, `diffusers.utils.state_dict_utils` (0.42.1).
+The config of each model is in the header's metadata (`lora_adapter_metadata`), as diffusers 0.34 and later writes
+and reads it; without it every module's scaling is 1. The older names of the tensors (`lora.down`,
+`lora_linear_layer.down`, and those of attention processors) are read too. Facts: `diffusers.loaders.lora_base`,
+`diffusers.utils.state_dict_utils` (0.42.1).
 """
 
 from __future__ import annotations

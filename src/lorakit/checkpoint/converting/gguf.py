@@ -1,9 +1,10 @@
-"""The LoRA files of llama.cpp: GGUF with `<name of the weight>.lora_a` and `.lora_b`, and one `adapter.lora.alpha` for all.
+"""The LoRA files of llama.cpp: GGUF with `<weight>.lora_a` and `.lora_b`, and one `adapter.lora.alpha` for all.
 
-A module's scaling there is alpha / r of its own lora_b, and 1 where alpha is 0. The rows of queries and keys are in the order of
-neighbours for the architectures that llama.cpp converts so, which takes the number of heads from the base's config. Both
-factors of `token_embd` are turned over. Facts: `convert_lora_to_gguf.py`, `conversion/*.py`, `src/llama-adapter.cpp` and
-`llama-adapter.h` of llama.cpp; the names of tensors are those of the `gguf` package (0.19), which a test compares.
+A module's scaling there is alpha / r of its own lora_b, and 1 where alpha is 0. The rows of queries and keys are in
+the order of neighbours for the architectures that llama.cpp converts so, which takes the number of heads from the
+base's config. Both factors of `token_embd` are turned over. Facts: `convert_lora_to_gguf.py`, `conversion/*.py`,
+`src/llama-adapter.cpp` and `llama-adapter.h` of llama.cpp; the names of tensors are those of the `gguf` package
+(0.19), which a test compares.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ def read(path: Path, context: Context) -> Adapter:
     """Read a file.
 
     Raises:
-        AdapterNotFoundError, AdapterFormatError, NonFiniteError: it cannot be read, or has names that its architecture has not.
+        AdapterNotFoundError, AdapterFormatError, NonFiniteError: it cannot be read, or has names that its architecture
+            has not.
         ConfigError: no base is named, or it is of another architecture.
         UnsupportedError: its tensors are quantised, or lorakit does not know the architecture.
     """

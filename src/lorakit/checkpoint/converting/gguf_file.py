@@ -1,8 +1,8 @@
-"""A GGUF file, read strictly and written: nothing is allocated before the sizes that it claims were compared with the file's.
+"""GGUF files: written, and read strictly. Sizes are compared with the file's before anything is allocated.
 
-Layout (version 2 and 3, little-endian): "GGUF"; u32 version; u64 tensors; u64 fields; the fields, each a text, a u32 type
-and a value; the tensors, each a text, u32 dimensions, that many u64 sizes (the fastest first), a u32 type and a u64 offset; zeros up to the
-alignment; the data.
+Layout (version 2 and 3, little-endian): "GGUF"; u32 version; u64 tensors; u64 fields; the fields, each a text, a
+u32 type and a value; the tensors, each a text, u32 dimensions, that many u64 sizes (the fastest first), a u32 type
+and a u64 offset; zeros up to the alignment; the data.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The format of kohya's sd-scripts, which ComfyUI and the WebUI read: one safetensors file of flat names.
 
-`lora_unet_<path with _ for every .>.lora_down.weight`, `.lora_up.weight` and `.alpha`; `lora_te_` for the text encoder, or
-`lora_te1_` and `lora_te2_` for the two of SDXL. A flat name can be read only with the names of the base's modules: those of
-SD 1.5's and SDXL's models are known, others come from the safetensors headers of `base`. The scaling is alpha / r; without alpha
-it is 1. Facts: `networks/lora.py` of sd-scripts, `comfy/lora.py` of ComfyUI.
+`lora_unet_<path with _ for every .>.lora_down.weight`, `.lora_up.weight` and `.alpha`; `lora_te_` for the text
+encoder, or `lora_te1_` and `lora_te2_` for the two of SDXL. A flat name can be read only with the names of the
+base's modules: those of SD 1.5's and SDXL's models are known, others come from the safetensors headers of `base`.
+The scaling is alpha / r; without alpha it is 1. Facts: `networks/lora.py` of sd-scripts, `comfy/lora.py` of
+ComfyUI.
 
 DoRA is refused: the readers of its `dora_scale` do not agree on what it is divided by.
 """

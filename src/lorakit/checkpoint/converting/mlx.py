@@ -1,9 +1,9 @@
 """The adapters of mlx-lm: a folder with `adapters.safetensors` and `adapter_config.json`.
 
-`<module>.lora_a` is (in, r) and `<module>.lora_b` (r, out), both turned over; DoRA has `<module>.m` (out,). One rank and one `scale` hold
-for all modules, so lesser ranks are filled with zeros. mlx-lm calls the modules of the models below as transformers does.
-The modules are named by whole paths in `keys`, which mlx-lm takes as well as names inside a layer. Facts: `mlx_lm/tuner/utils.py`,
-`lora.py`, `dora.py` and `mlx_lm/models` (0.32.2).
+`<module>.lora_a` is (in, r) and `<module>.lora_b` (r, out), both turned over; DoRA has `<module>.m` (out,). One
+rank and one `scale` hold for all modules, so lesser ranks are filled with zeros. mlx-lm calls the modules of the
+models below as transformers does. The modules are named by whole paths in `keys`, which mlx-lm takes as well as
+names inside a layer. Facts: `mlx_lm/tuner/utils.py`, `lora.py`, `dora.py` and `mlx_lm/models` (0.32.2).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Key maps as data: rows of names in two forms, with `{}` for the number of a layer; and what to say of a strange key."""
+"""Key maps as data, with `{}` for the number of a layer; and what to say of a strange key."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The form in which adapters pass from one format to another: factors, scalings and a few settings, module by module.
 
-A reader gives an `Adapter`, a writer takes one; none of them knows of another format. Scalings are exact: a piece carries
-its alpha as well as the quotient, and a number that a format has no place for goes into B, without rounding where the
-ratio is a power of two.
+A reader gives an `Adapter`, a writer takes one; none of them knows of another format. Scalings are exact: a piece
+carries its alpha as well as the quotient, and a number that a format has no place for goes into B, without rounding
+where the ratio is a power of two.
 """
 
 from __future__ import annotations

@@ -84,11 +84,17 @@ def part_of(component: str, config: LoraConfig, tensors: Mapping[str, Tensor], w
             bullet_list(f"{where}: only factors can be converted; it also holds", sorted(strange)[:20])
         )
     sites, problems = find_sites(found, config)
+    matcher = Matcher(replace(config, target_modules=None))
     pieces = {}
     for path, site in sites.items():
         magnitude = magnitudes.pop(path + _MAGNITUDE, None)
         problems += [f"{path}: {line}" for line in _problems(site, magnitude, dora=config.use_dora)]
-        pieces[path] = _piece(path, site, magnitude, config)
+        alpha = (
+            alpha_of(site.blocks[0].scaling, site.blocks[0].rank)
+            if config.use_rslora
+            else matcher.alpha(path)
+        )
+        pieces[path] = Piece(site.blocks[0], float(alpha), site.layout, site.is_embedding, magnitude)
     problems += [f"{name}: a magnitude without factors" for name in magnitudes]
     if problems:
         raise AdapterFormatError(bullet_list(f"{where}: its factors cannot be converted", problems))
@@ -106,15 +112,6 @@ def named_tensors(pieces: Mapping[str, Piece]) -> Iterator[tuple[str, Tensor]]:
             yield f"{path}.{names['bias']}", bias
         if piece.magnitude is not None:
             yield path + _MAGNITUDE, piece.magnitude
-
-
-def _piece(path: str, site: Site, magnitude: Tensor | None, config: LoraConfig) -> Piece:
-    factors = site.blocks[0]
-    if config.use_rslora:
-        alpha = alpha_of(factors.scaling, factors.rank)
-    else:
-        alpha = float(Matcher(replace(config, target_modules=None)).alpha(path))
-    return Piece(factors, alpha, site.layout, site.is_embedding, magnitude)
 
 
 def _problems(site: Site, magnitude: Tensor | None, *, dora: bool) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """The two orders in which the rows of a query or key projection are stored.
 
-Rotary embeddings turn pairs of numbers. transformers pairs the first half of a head with its second half, others pair
-neighbours (Su et al., 2021, arXiv:2104.09864); who computes with neighbours stores the rows in another order. Of an adapter only B
-and a magnitude of DoRA have such rows.
+Rotary embeddings turn pairs of numbers. transformers pairs the first half of a head with its second half, others
+pair neighbours (Su et al., 2021, arXiv:2104.09864); who computes with neighbours stores the rows in another order.
+Of an adapter only B and a magnitude of DoRA have such rows.
 """
 
 from __future__ import annotations

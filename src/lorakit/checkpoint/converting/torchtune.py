@@ -1,10 +1,10 @@
 """The adapters of torchtune: a folder with `adapter_model.pt` and `adapter_config.json`.
 
-`<module>.lora_a.weight` (r, in), `<module>.lora_b.weight` (out, r), and `<module>.magnitude` (out,) of DoRA, under torchtune's own
-names of modules. One r and one lora_alpha hold for all, so lesser ranks are filled with zeros. For most models torchtune
-stores the rows of queries and keys in the order of neighbours, which takes the number of heads from the base's config. The
-config names target modules as transformers does, which torchtune itself writes beside this file. Facts: `torchtune.models.convert_weights`,
-`torchtune.training.checkpointing` (0.6.1).
+`<module>.lora_a.weight` (r, in), `<module>.lora_b.weight` (out, r), and `<module>.magnitude` (out,) of DoRA, under
+torchtune's own names of modules. One r and one lora_alpha hold for all, so lesser ranks are filled with zeros. For
+most models torchtune stores the rows of queries and keys in the order of neighbours, which takes the number of
+heads from the base's config. The config names target modules as transformers does, which torchtune itself writes
+beside this file. Facts: `torchtune.models.convert_weights`, `torchtune.training.checkpointing` (0.6.1).
 
 The `adapter_model.safetensors` that torchtune writes beside it is of PEFT's format (`from_="peft"`). For Qwen2 its
 queries and keys are in the wrong order; this reader takes the `.pt`.

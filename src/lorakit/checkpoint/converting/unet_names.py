@@ -40,8 +40,8 @@ _LEVELS = 4
 def unet_modules() -> dict[str, str]:
     """Path in diffusers to name in the original code; more modules than any one UNet has.
 
-    A level has two resnets (and attentions) on its way down and three up. Where a level has no attentions its upsampler is
-    called as the first attention would be; `original_upsamplers` has those names.
+    A level has two resnets (and attentions) on its way down and three up. Where a level has no attentions its
+    upsampler is called as the first attention would be; `original_upsamplers` has those names.
     """
     rows = dict(_OUTER)
     for level in range(_LEVELS):
