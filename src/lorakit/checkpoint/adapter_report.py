@@ -72,7 +72,8 @@ class InspectedKind:
     """All tensors of one kind.
 
     Attributes:
-        kind: "factors", "biases of B", "token rows", "biases", "modules saved whole", or the name of a variant.
+        kind: "factors", "biases of B", "token rows", "biases", "modules saved whole", "weights of the base" (which PEFT
+            writes of adapted embeddings), or the name of a variant.
         tensors, parameters, bytes: how many.
     """
 

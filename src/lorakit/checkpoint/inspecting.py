@@ -184,6 +184,8 @@ def _kind(name: str, config: LoraConfig, variant: Variant | None) -> str:
     if variant is not None and any(name.endswith(f".{part.in_file}") for part in variant.parts.values()):
         return variant.name
     module, _, attribute = name.rpartition(".")
+    if module.endswith(".base_layer") and attribute == "weight":
+        return "weights of the base"
     whole = any(f".{entry}." in f".{module}." for entry in config.modules_to_save or ())
     return "biases" if config.bias != "none" and attribute == "bias" and not whole else "modules saved whole"
 

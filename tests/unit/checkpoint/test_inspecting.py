@@ -112,6 +112,14 @@ def test_kinds_of_tensors_and_provenance(tmp_path):
     assert report.problems == report.dead == report.non_finite == ()
 
 
+def test_weights_of_the_base_that_peft_writes(tmp_path):
+    def change(tensors):
+        tensors["base_model.model.embed.base_layer.weight"] = torch.ones(11, 8).double()
+
+    report = inspect_adapter(rewritten(saved(tmp_path / "a", target_modules=["embed"]), change))
+    assert {kind.kind: kind.parameters for kind in report.kinds} == {"factors": 76, "weights of the base": 88}
+
+
 def test_dead_layers_and_low_ranks(tmp_path):
     def change(tensors):
         tensors["base_model.model.q.lora_B.weight"].zero_()
