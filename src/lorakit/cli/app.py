@@ -10,7 +10,6 @@ from rich.console import Console
 
 from lorakit.cli.combine import combine
 from lorakit.cli.convert import convert
-from lorakit.cli.convert import convert
 from lorakit.cli.demo import demo
 from lorakit.cli.diff import diff
 from lorakit.cli.doctor import doctor
@@ -48,7 +47,6 @@ def _verb(run: Callable[..., None]) -> Callable[..., None]:
 
 app.command()(_verb(demo))
 app.command()(_verb(merge))
-app.command()(_verb(convert))
 app.command()(_verb(convert))
 app.command()(_verb(doctor))
 app.command()(_verb(estimate))
