@@ -280,6 +280,26 @@ def test_under_torchs_machinery(shares, call, products):
     assert shares == products
 
 
+def test_compiled_without_a_break_and_switched_without_compiling_again(shares):
+    peft = make()
+    peft.add_adapter("other", LoraConfig(r=4, target_modules=NAMES, rank_pattern={"k_proj": 2}))
+    randomise(peft)
+    torch.compiler.reset()
+    compiled = torch.compile(peft.get_base_model(), backend="aot_eager", fullgraph=True)
+
+    def call(_, h):
+        return compiled(h.detach())
+
+    for name in ("default", "other"):  # each adapter is compiled when it first acts
+        peft.set_adapter(name)
+        step(peft, call=call)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for name in ("default", "other", "default"):
+            peft.set_adapter(name)
+            assert_same(step(peft, call=call), step(peft, call=lambda peft, h: peft(h.detach())))
+    assert shares == []
+
+
 def test_dropout_is_each_layers_own(shares):
     peft = make(lora_dropout=0.3)
     step(peft.train())
