@@ -32,7 +32,7 @@ def wrap_module(registry: AdapterRegistry, description: Description, path: str) 
         layer.is_read = any(may_read(place.owner, place.attribute) for place in node.places)
     registry.install(path, node.places, layer)
     registry.layers[path] = layer
-    if isinstance(layer, Linear) and node.places:
+    if isinstance(layer, Linear) and node.places and is_alike(node.places[0].attribute):
         _group(layer, node.places[0].owner)
 
 
