@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 STEPS, BATCH, WINDOW, WARMUP = 120, 32, 20, 12
-SEEDS = (0, 1, 2, 3, 4)
+SEEDS = (0, 1, 2, 3, 4)  # PiSSA, whose gain is far above the spread, takes the first three
 
 
 class Setting(NamedTuple):
@@ -209,7 +209,7 @@ def main() -> None:
     found = {
         "loftq": compare("4-bit MiniLM", {"QLoRA": qlora, "LoftQ": loftq}, data, seeds, steps, LOFTQ.rate),
         "pissa": compare(
-            "MiniLM in fp32", {"default": plain, "PiSSA": pissa}, data, seeds, steps, PISSA.rate
+            "MiniLM in fp32", {"default": plain, "PiSSA": pissa}, data, seeds[:3], steps, PISSA.rate
         ),
     }
     if not quick:
