@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from lorakit.ops.dropout import KERNEL_DTYPES, KERNEL_RANK, has_triton
 from lorakit.ops.merge import tile_rows
+from lorakit.ops.reference import must_compose
 from lorakit.ops.terms import emulated_dtypes
 
 if TYPE_CHECKING:
@@ -62,9 +64,21 @@ def row_norms(W: Matrix, squares: Tensor, A: Tensor, B: Tensor, scaling: float |
     wide = wide_dtype(W.values.dtype)
     A, B = A.to(wide), B.to(wide)
     scaling = scaling.to(wide) if isinstance(scaling, torch.Tensor) else scaling
+    if _on_kernels(W.values, A, B):
+        from lorakit.ops.triton import norms
+
+        return norms.row_norms(W.values.t() if W.transposed else W.values, squares, A, B * scaling)
     inner = times_transposed(W, A) * (2 * scaling) + B @ (A @ A.t()) * scaling**2
     total = squares + (inner * B).sum(dim=1)
     return total.clamp_min(0).sqrt().clamp_min(torch.finfo(wide).tiny)
+
+
+def _on_kernels(values: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Whether the kernel reads W: on GPUs, with Triton, where the norm is a number and no gradient is asked for."""
+    if not values.is_cuda or values.dtype not in KERNEL_DTYPES or len(A) > KERNEL_RANK:
+        return False
+    differentiated = torch.is_grad_enabled() and (A.requires_grad or B.requires_grad)
+    return has_triton() and not must_compose(values, ()) and not differentiated
 
 
 def times_transposed(W: Matrix, A: Tensor) -> Tensor:

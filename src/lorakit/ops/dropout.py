@@ -8,6 +8,9 @@ of `torch.nn.functional.dropout`; the distribution does not.
 from __future__ import annotations
 
 import math
+from functools import cache
+from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +18,38 @@ from torch import Tensor
 # Cost of the draw for 2**20 elements on a core with AVX-512: skips take 5 to 10 ms * p, one 32-bit word an element takes
 # 2 ms, `torch.nn.functional.dropout` 5 to 7 ms.
 SKIP_UP_TO = 0.25
+
+
+# What the kernels for one adapter take: an index of 32 bits for each element, and all ranks in one block.
+KERNEL_ELEMENTS, KERNEL_RANK = 2**31, 128
+HALVES = frozenset(
+    {torch.bfloat16, torch.float16}
+)  # fp32 products have no tensor cores, and compile for a minute
+KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+
+class Seeded(NamedTuple):
+    """Dropout that GPU kernels decide in registers, from the seed and an element's index; nothing is drawn beforehand.
+
+    Attributes:
+        p: probability of dropping an element.
+        seed: from `draw_seeds`.
+    """
+
+    p: float
+    seed: int
+
+
+def decides_in_registers(A: Tensor, rows: int, products: torch.dtype) -> bool:
+    """Whether kernels serve an adapter with dropout and this A, (r, in), on so many rows: on GPUs, with Triton."""
+    fits = A.shape[0] <= KERNEL_RANK and rows * A.shape[1] < KERNEL_ELEMENTS
+    return A.is_cuda and fits and products in HALVES and has_triton()
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return find_spec("triton") is not None
 
 
 def draw_seeds(count: int) -> list[int]:

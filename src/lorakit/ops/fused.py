@@ -16,7 +16,15 @@ import torch
 from torch.nn.functional import linear
 
 from lorakit.errors import UnsupportedError
-from lorakit.ops.dropout import add_undropped_, draw_dropped, draw_seeds, zero_, zeroed
+from lorakit.ops.dropout import (
+    Seeded,
+    add_undropped_,
+    decides_in_registers,
+    draw_dropped,
+    draw_seeds,
+    zero_,
+    zeroed,
+)
 from lorakit.ops.reference import PLAIN, lora_reference, must_compose
 from lorakit.ops.terms import in_autocast, product_dtype, result_dtype
 
@@ -43,9 +51,13 @@ class _Part(NamedTuple):
     dropout: float
     seed: int
 
-    def dropped(self, count: int, device: torch.device) -> Tensor | None:
+    def dropped(self, A: Tensor, rows: int, products: torch.dtype) -> Tensor | Seeded | None:
         """What dropout takes from the input, the same at every call; None without dropout."""
-        return draw_dropped(count, self.dropout, self.seed, device) if self.dropout else None
+        if not self.dropout:
+            return None
+        if decides_in_registers(A, rows, products):
+            return Seeded(self.dropout, self.seed)
+        return draw_dropped(rows * A.shape[1], self.dropout, self.seed, A.device)
 
 
 class _Call(NamedTuple):
@@ -233,8 +245,7 @@ def _add_terms(out: Tensor, x: Tensor, call: _Call, flat: Sequence[Tensor | None
         A, B, bias = flat[3 * k : 3 * k + 3]
         assert A is not None
         assert B is not None
-        dropped = part.dropped(x2.numel(), x2.device)
-        h = linear(x2 if dropped is None else zeroed(x2, dropped), _cast(A, call.products))
+        h = _shrink(x2, _cast(A, call.products), part.dropped(A, len(x2), call.products))
         expand = _cast(B, call.products).t()
         if out2.dtype == call.products:
             out2.addmm_(h, expand, alpha=part.alpha)
@@ -244,6 +255,15 @@ def _add_terms(out: Tensor, x: Tensor, call: _Call, flat: Sequence[Tensor | None
             out2.add_(bias * part.scaling)  # `alpha=` would be rounded to bfloat16
         hidden.append(h)
     return hidden
+
+
+def _shrink(x: Tensor, A: Tensor, dropped: Tensor | Seeded | None) -> Tensor:
+    """`A drop(x)`, (rows, r); the kept elements are not scaled."""
+    if isinstance(dropped, Seeded):
+        from lorakit.ops.triton import dropped as kernels
+
+        return kernels.shrink(x, A, dropped.p, dropped.seed)
+    return linear(x if dropped is None else zeroed(x, dropped), A)
 
 
 def _linear(
@@ -330,7 +350,13 @@ def _term_gradients(
     differentiable = torch.is_grad_enabled()
     dropped = None
     if need_x or need_A or (need_B and differentiable):
-        dropped = part.dropped(dy.shape[0] * A.shape[1], dy.device)
+        dropped = part.dropped(A, len(dy), dy.dtype)
+    if isinstance(dropped, Seeded):
+        from lorakit.ops.triton import dropped as kernels
+
+        if not differentiable:
+            return kernels.term_gradients(dropped, part.scaling, tensors, dy, x, dx, needs=needs)
+        dropped = kernels.keep_mask(len(dy) * A.shape[1], dropped.p, dropped.seed, dy.device)
     if x is not None and dropped is not None:
         x = zeroed(x, dropped)
     dA = dB = None

@@ -79,7 +79,7 @@ def add_grouped_(y: Tensor, x: Tensor, bank: Bank, groups: Groups, products: tor
     split = _split(tiles * rank_blocks, x.shape[-1] // block_k)
     h = torch.empty(split, total, widest, dtype=torch.float32, device=x.device)
     shared = (schedule.order, schedule.tiles, first_rows)
-    multiply = _product_type(products)
+    multiply = product_type(products)
     shrink_kernel[(tiles, rank_blocks, split)](
         x, A, h, *shared, x.shape[-1], tokens, total, widest,
         BLOCK_ROWS=schedule.rows, BLOCK_RANK=block_rank, BLOCK_K=block_k, SPLIT=split, PRODUCTS=multiply,
@@ -102,7 +102,7 @@ def _split(programs: int, steps: int) -> int:
     return split
 
 
-def _product_type(dtype: torch.dtype) -> tl.dtype:
+def product_type(dtype: torch.dtype) -> tl.dtype:
     """What `tl.dot` is given; the interpreter would multiply bfloat16 by its bits."""
     if not isinstance(shrink_kernel, triton.JITFunction):
         return tl.float32
