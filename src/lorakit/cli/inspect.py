@@ -64,19 +64,19 @@ def inspect(
 def _head(report: AdapterReport, console: Console) -> None:
     config = report.config
     kind = report.variant or "LoRA"
+    dtypes = ", ".join(f"{count:,} {name}" for name, count in report.dtypes.items())
     lines = [
         f"{report.path}: {kind}, r={config['r']}, lora_alpha={config['lora_alpha']}",
         f"base: {report.base or '–'}   task: {report.task_type or '–'}   PEFT: {report.peft_version or '–'}",
         f"digest: {report.digest}   config: {report.config_state}",
+        f"{report.parameters:,} parameters ({dtypes}), {report.bytes / 1e6:,.2f} MB",
     ]
     for line in lines:
         console.print(escaped(line), highlight=False)
 
 
 def _kinds(report: AdapterReport) -> Table:
-    dtypes = ", ".join(f"{count:,} {name}" for name, count in report.dtypes.items())
-    title = f"{report.parameters:,} parameters ({dtypes}), {report.bytes / 1e6:,.2f} MB"
-    table = table_of("tensors", "", "parameters", "bytes", title=title)
+    table = table_of("tensors", "", "parameters", "bytes")
     for kind in report.kinds:
         table.add_row(kind.kind, f"{kind.tensors:,}", f"{kind.parameters:,}", f"{kind.bytes:,}")
     return table

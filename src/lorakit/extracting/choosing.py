@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 
 _MOST = 200  # lines in an error
+_NUMBER = re.compile(r"\.\d+\.")
 
 
 class Asked(NamedTuple):
@@ -107,7 +109,20 @@ def check_covered(
 
 
 def _listed(changes: Mapping[str, Change]) -> list[str]:
-    lines = [str(change) for change in changes.values()]
+    """One line for each tensor, or for all that are called so but for a number."""
+    alike: dict[tuple[str, bool], list[Change]] = {}
+    for change in changes.values():
+        pattern = _NUMBER.sub(".*.", change.name)
+        alike.setdefault((pattern, change.size is None), []).append(change)
+    lines: list[str] = []
+    for (pattern, is_odd), group in alike.items():
+        sizes = [change.size for change in group if change.size is not None]
+        if is_odd or len(group) == 1:
+            lines += map(str, group)
+        else:
+            lines.append(
+                f"{pattern}: {len(group)} tensors changed, by {min(sizes):.2e} to {max(sizes):.2e} of their norm"
+            )
     return lines if len(lines) <= _MOST else [*lines[:_MOST], f"and {len(lines) - _MOST:,} more"]
 
 

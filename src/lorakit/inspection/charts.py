@@ -21,6 +21,7 @@ _LETTER = 6.6  # width of a letter at 12 px
 _CELL = (64, 22)
 _CHART = (296, 190)
 _INSET = (46, 10, 10, 28)  # of the axes: left, top, right, bottom
+_DEEPEST = 0.85  # yellow lines could not be seen on white
 _DECADES = 6  # what is smaller than the largest value by more is rounding
 
 
@@ -103,12 +104,12 @@ def spectra(title: str, layers: Sequence[InspectedLayer], depths: Sequence[float
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         told = f"{layer.path}: {short(layer.spectrum[0], 4)} … {short(layer.spectrum[-1], 4)}"
         parts.append(
-            f'<polyline points="{path}" fill="none" stroke="rgb{colour(0.85 * depth)}" stroke-width="1.5" '
+            f'<polyline points="{path}" fill="none" stroke="rgb{colour(_DEEPEST * depth)}" stroke-width="1.5" '
             f'stroke-opacity="0.8"><title>{escape(told)}</title></polyline>'
         )
         if len(points) == 1:
             x, y = points[0]
-            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="rgb{colour(0.85 * depth)}"/>')
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="rgb{colour(_DEEPEST * depth)}"/>')
     return "".join([*parts, "</svg>"])
 
 
@@ -148,6 +149,11 @@ class _Axes:
         return [value for value in values if self._low <= math.log10(value) <= self._high]
 
 
+def depth_legend(first: str, last: str) -> str:
+    """The colours of `spectra`, from the first layer to the last."""
+    return legend(first, last, _DEEPEST)
+
+
 def small_bars(values: Sequence[float], count: int = 32) -> str:
     """The largest values as bars in a line of text, relative to the first."""
     shown = [value / values[0] for value in values[:count]] if values and values[0] > 0.0 else []
@@ -158,10 +164,11 @@ def small_bars(values: Sequence[float], count: int = 32) -> str:
     return f'<svg class="bars" width="{3 * count}" height="16" aria-hidden="true">{bars}</svg>'
 
 
-def legend(low: str, high: str) -> str:
-    """The palette, with what its ends mean."""
+def legend(low: str, high: str, top: float = 1.0) -> str:
+    """The palette up to a share, with what its ends mean."""
     bars = "".join(
-        f'<rect x="{6 * place}" width="6" height="10" fill="rgb{colour(place / 23)}"/>' for place in range(24)
+        f'<rect x="{6 * place}" width="6" height="10" fill="rgb{colour(top * place / 23)}"/>'
+        for place in range(24)
     )
     return (
         f'<span class="legend">{escape(low)} <svg width="144" height="10" aria-hidden="true">{bars}</svg> '

@@ -11,7 +11,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from lorakit.config import LoraConfig
-from lorakit.inspection.charts import heat_map, legend, short, small_bars, spectra
+from lorakit.inspection.charts import depth_legend, heat_map, legend, short, small_bars, spectra
 from lorakit.inspection.grid import NO_ROW, make_grid
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _STYLE = """
 :root{color-scheme:light;--line:#e2e5ea;--dim:#5b6472}
 *{box-sizing:border-box}
 body{margin:0;background:#f6f7f9;color:#1c2330;font:14px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-main{max-width:1280px;margin:0 auto;padding:24px}
+main{max-width:1360px;margin:0 auto;padding:24px}
 h1{font-size:24px;margin:0;overflow-wrap:anywhere}
 h2{font-size:16px;margin:0 0 12px}
 p{margin:4px 0}
@@ -47,7 +47,7 @@ svg.bars{fill:#3e4a89}
 .legend{color:var(--dim)}
 .legend svg{vertical-align:middle}
 table{border-collapse:collapse;width:100%}
-th,td{text-align:left;padding:4px 10px;border-bottom:1px solid var(--line);white-space:nowrap}
+th,td{text-align:left;padding:4px 8px;border-bottom:1px solid var(--line);white-space:nowrap}
 td.number,th.number{text-align:right;font-variant-numeric:tabular-nums}
 th button{all:unset;cursor:pointer;font-weight:600}
 th button:focus-visible{outline:2px solid #3e4a89}
@@ -177,7 +177,7 @@ def _charts(grid: Grid) -> str:
     left = len(grid.columns) - len(shown)
     note = f'<p class="dim">{left:,} more modules, of smaller norm, are in the table.</p>' if left else ""
     first, last = (row if row != NO_ROW else "first" for row in (grid.rows[0], grid.rows[-1]))
-    intro = f'<p class="dim">One line a layer, the largest value at the left. {legend(first, last)}</p>'
+    intro = f'<p class="dim">One line a layer, the largest value at the left. {depth_legend(first, last)}</p>'
     return f'{intro}<div class="charts">{"".join(charts)}</div>{note}'
 
 
@@ -208,8 +208,8 @@ def _table(heads: Sequence[tuple[str, bool]], rows: Sequence[str], name: str) ->
 def _layers(layers: Sequence[InspectedLayer]) -> str:
     heads = [
         ("layer", False), ("kind", False), ("weight", False), ("rank", True), ("scaling", True), ("norm", True),
-        ("effective rank", True), ("ranks for 99 %", True), ("largest value", True), ("not finite", True),
-        ("dtype", False), ("spectrum", True),
+        ("spectrum", True), ("effective rank", True), ("for 99 %", True), ("largest", True), ("not finite", True),
+        ("dtype", False),
     ]  # fmt: skip
     rows = []
     for layer in layers:
@@ -225,12 +225,12 @@ def _layers(layers: Sequence[InspectedLayer]) -> str:
             _cell(str(layer.rank), layer.rank, number=True),
             _cell(short(layer.scaling), layer.scaling, number=True),
             _cell(short(layer.norm, 4), layer.norm, number=True),
+            f'<td data-value="{layer.effective_rank or 0.0}">{small_bars(layer.spectrum)}</td>',
             _cell(short(layer.effective_rank), layer.effective_rank, number=True),
             _cell(short(needed), needed, number=True),
             _cell(short(largest), largest, number=True),
             _cell(f"{layer.nan + layer.inf:,}", layer.nan + layer.inf, number=True),
             _cell(layer.dtype),
-            f'<td data-value="{layer.effective_rank or 0.0}">{small_bars(layer.spectrum)}</td>',
         ]
         rows.append(f"<tr{kind}>{''.join(cells)}</tr>")
     return _table(heads, rows, "filter-layers")
