@@ -37,10 +37,10 @@ def seconds(library: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="twice")
+    parser.add_argument("--quick", action="store_true", help="once")
     quick = parser.parse_args().quick
     times: dict[str, list[float]] = {"lorakit": [], "PEFT": []}
-    for _ in range(2 if quick else 9):
+    for _ in range(1 if quick else 9):
         for name, values in times.items():
             values.append(seconds(name.lower()))
     row = summarise("import, over torch", times)
