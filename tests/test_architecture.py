@@ -26,8 +26,8 @@ FLOORS = {
     "loftq": 6,
     "configs": 6, "putting": 6, "kbit": 6, "tuner": 6, "state_dict": 6, "status": 6, "fitting": 6, "weighted": 6, "tools": 6, "loading": 6, "saving": 6, "exporting": 6, "penalties": 6, "peft_model": 6, "tasks": 6,
     "arrow": 6, "auto": 6, "api": 6, "padding": 6, "helpers": 6, "hotswap": 6, "optimizers": 6, "intruders": 6, "kappa": 6, "calibration": 6,
-    "skeleton": 6, "estimating": 6, "diagnosis": 6, "inspection": 6, "extracting": 6,
-    "demo": 7, "cli": 7,
+    "skeleton": 6, "estimating": 6, "diagnosis": 6, "training": 6, "inspection": 6, "extracting": 6,
+    "demo": 7, "cli": 7, "__main__": 7,
 }  # fmt: skip
 FILE_SIDE, MODULE_SIDE = {"checkpoint"}, {"layers", "surgery"}
 

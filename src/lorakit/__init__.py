@@ -96,6 +96,8 @@ if TYPE_CHECKING:
         PeftModelForTokenClassification,
     )
     from lorakit.tools import combine
+    from lorakit.training.run import TrainResult, train
+    from lorakit.training.settings import TrainConfig
     from lorakit.tuner import LoraModel
     from lorakit.types import Factors
     from lorakit.weighted import CombineReport
@@ -183,6 +185,8 @@ _HOMES = {
         "PeftModelForTokenClassification",
     ),
     "tools": ("combine",),
+    "training.run": ("TrainResult", "train"),
+    "training.settings": ("TrainConfig",),
     "tuner": ("LoraModel",),
     "specs": ("AdapterSpec",),
     "types": ("Factors",),

@@ -18,6 +18,7 @@ from lorakit.cli.extract import extract
 from lorakit.cli.inspect import inspect
 from lorakit.cli.merge import merge
 from lorakit.cli.resize import resize
+from lorakit.cli.train import train
 from lorakit.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -55,3 +56,4 @@ app.command()(_verb(extract))
 app.command()(_verb(resize))
 app.command()(_verb(diff))
 app.command()(_verb(inspect))
+app.command()(_verb(train))
