@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from benchmarks.figures import Reading, Result
 
 NOISE = 0.05
+FEW = 3  # names are written out
 BYTES = 0.01  # what is kept for backward does not vary
 
 
@@ -72,7 +73,10 @@ def compare(results: Iterable[Result], record: Callable[[str], Result | None]) -
                 if was is not None:
                     lines[change(reading, was)].append(line(reading, was))
             if before:
-                apart.append(f"{result.benchmark}: on record and not run: {'; '.join(before)}")
+                names = (
+                    list(before) if len(before) <= FEW else [*list(before)[:FEW], f"{len(before) - FEW} more"]
+                )
+                apart.append(f"{result.benchmark}: on record and not run: {'; '.join(names)}")
     return Comparison(lines[-1], lines[1], apart, len(lines[0]))
 
 

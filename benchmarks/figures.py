@@ -110,10 +110,13 @@ def _runs(result: Result) -> Iterator[Reading]:
     """Rows of whole processes: seconds, CPU seconds and the most memory of each side."""
     for row in result.rows:
         ours, theirs = row.get("lorakit"), row.get("PEFT")
+        size = f", {row['base_megabytes']:.0f} MB" if "base_megabytes" in row else ""
         if isinstance(ours, dict) and isinstance(theirs, dict):
             for field, words in (("seconds", "wall time"), ("cpu", "CPU time"), ("megabytes", "memory")):
                 if ours.get(field) and field in theirs:
-                    yield Reading(result.benchmark, f"{row['name']}, {words}", theirs[field] / ours[field])
+                    yield Reading(
+                        result.benchmark, f"{row['name']}{size}, {words}", theirs[field] / ours[field]
+                    )
 
 
 def load(benchmark: str, folder: Path = RECORD) -> Result | None:

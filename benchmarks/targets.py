@@ -73,6 +73,6 @@ TARGETS = (
     Target("set_adapter, of 12", "attach_many", "set_adapter, of 12", 50.0, why=_FLAGS),
     Target("hotswap", "hotswap", "r=16 and r=16, 32 layers", 8.0, why=_FILE),
     Target("import, over torch", "importing", "import, over torch", 60.0),
-    Target("merging on disk, memory", "merge_disk", "all linear layers, memory", 50.0, why=_SMALL),
-    Target("merging on disk, CPU time", "merge_disk", "all linear layers, CPU time", 2.5),
+    Target("merging on disk, memory", "merge_disk", "all linear layers, * MB, memory", 50.0, why=_SMALL),
+    Target("merging on disk, CPU time", "merge_disk", "all linear layers, * MB, CPU time", 2.5),
 )  # fmt: skip

@@ -70,7 +70,7 @@ def test_readings_of_memory_with_words_before_the_side() -> None:
 def test_readings_of_whole_processes() -> None:
     sides = {"lorakit": {"seconds": 2.0, "megabytes": 10.0}, "PEFT": {"seconds": 3.0, "megabytes": 500.0}}
     found = result("merge_disk", {"name": "all", "base_megabytes": 5.0, **sides}).readings()
-    assert {r.row: r.ratio for r in found} == {"all, wall time": 1.5, "all, memory": 50.0}
+    assert {r.row: r.ratio for r in found} == {"all, 5 MB, wall time": 1.5, "all, 5 MB, memory": 50.0}
 
 
 @pytest.mark.parametrize(
