@@ -57,6 +57,7 @@ def train(
     chosen |= {name: value for name, value in given.items() if value is not None}
     demo = None if {"model", "data"} & chosen.keys() else build_task()
     if demo is not None:
+        console.print("the demo: MiniLM, and lines of Python of which one kind of comparison was taken out")
         chosen = _DEMO | {"model": str(model_folder())} | chosen
     missing = [f"--{name}" for name in ("model", "output", "data") if name not in chosen and demo is None]
     if missing:
@@ -92,10 +93,11 @@ def _rows(task: Task, split: Split) -> list[dict[str, Any]]:
 
 @contextmanager
 def _shown(console: Console) -> Iterator[Report]:
-    """Our bars, and none of transformers'."""
+    """Our bars, none of transformers', and not its report that a classifier's head is new."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     with progress(console) as show:
         yield show
 
