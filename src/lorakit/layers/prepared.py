@@ -40,8 +40,12 @@ class Aside(NamedTuple):
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no element of these is NaN or infinite."""
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+    """Whether no element of these is NaN or infinite.
+
+    The extremes are NaN if any element is. `tensor.isfinite()` would hold 1.75 times the tensor beside it (fp32).
+    """
+    ends = (torch.aminmax(tensor.detach()) for tensor in tensors if tensor.numel())
+    return all(bool(low.isfinite() & high.isfinite()) for low, high in ends)
 
 
 def non_finite(names: Sequence[str], culprits: Sequence[str]) -> NonFiniteError:

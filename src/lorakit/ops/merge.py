@@ -69,4 +69,5 @@ def merge_delta(
             tile.addmm_(left[part].to(W.device, wide), right, alpha=alpha)
         if tile is not target:
             target.copy_(tile)
+        del tile  # or the next one would be made beside it
     return result
