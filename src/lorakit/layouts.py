@@ -97,6 +97,8 @@ class Layout:
         pointwise = (1,) * (len(self.row) - 1)
         if len(blocks) == 1:
             (only,) = blocks
+            if not pointwise:
+                return only.A.contiguous(), only.B.contiguous(), only.bias
             A, B = only.A.reshape(-1, *self.row), only.B.reshape(self.out, -1, *pointwise)
             return A.contiguous(), B.contiguous(), only.bias
         rank = max(block.rank for block in blocks)

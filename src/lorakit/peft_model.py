@@ -16,6 +16,7 @@ from lorakit.loading import HubOptions, LoadOptions, LoadReport, load_onto
 from lorakit.putting import put_on
 from lorakit.saving import save_adapters
 from lorakit.status import count_parameters, get_layer_status, get_model_status
+from lorakit.surgery.describe import base_modules
 from lorakit.tuner import LoraModel, check_bare
 
 if TYPE_CHECKING:
@@ -72,9 +73,8 @@ class PeftModel(nn.Module):
 
     def _adopt(self, registry: AdapterRegistry) -> None:
         self.base_model = LoraModel.of(registry)
-        if any(
-            getattr(module, "gradient_checkpointing", False) is True for module in registry.model.modules()
-        ):
+        modules = base_modules(registry.model)
+        if any(getattr(module, "gradient_checkpointing", False) is True for module in modules):
             self._let_inputs_require_grad()
 
     @classmethod

@@ -18,6 +18,7 @@ FILE_NAMES = {
     "embedding": {"A": "lora_embedding_A", "B": "lora_embedding_B"},
 }
 """The names of factors in a file, below the module, by kind of layer; "" is any other kind."""
+_WITHOUT_BIAS = {part: name for part, name in FILE_NAMES[""].items() if part != "bias"}
 FACTOR_OF = {name: part for names in FILE_NAMES.values() for part, name in names.items()}
 """Which factor is called so."""
 TOKEN_ROWS = "token_adapter.trainable_tokens_delta"  # noqa: S105 - a name, not a secret
@@ -129,7 +130,9 @@ class AdapterSpec:
     def file_names(self) -> dict[str, str]:
         """The names of those tensors in a file, below the module."""
         names = FILE_NAMES.get(self.kind, FILE_NAMES[""])
-        more = {} if self.variant is None else self.variant.parts
+        if self.variant is None:
+            return names if "bias" not in names or self.lora_bias else _WITHOUT_BIAS
+        more = self.variant.parts
         return {part: names[part] if part in names else more[part].in_file for part in self.shapes}
 
     @property

@@ -175,7 +175,7 @@ def _tensors(
 
 def _problem(entry: object, dtypes: Mapping[str, torch.dtype]) -> str:
     """What is wrong with one entry, or an empty text."""
-    if not isinstance(entry, dict) or set(entry) != _ENTRY:
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY:
         return "an entry must have dtype, shape and data_offsets, and nothing else"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in dtypes:
@@ -191,7 +191,7 @@ def _problem(entry: object, dtypes: Mapping[str, torch.dtype]) -> str:
 
 
 def _sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and set(map(type, value)) <= {int} and min(value, default=0) >= 0
 
 
 def _gaps(placed: list[tuple[int, int, str, TensorInfo]], size: int) -> list[str]:

@@ -46,10 +46,11 @@ from lorakit.config import strict_json
 from lorakit.errors import AdapterFormatError, AdapterNotFoundError, NonFiniteError, bullet_list
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from torch import Tensor
 
+_TOGETHER = 1 << 20  # bytes of small tensors whose numbers are looked at in one pass
 _ATTEMPTS = 100  # how often a reader starts again because the weights were replaced under it
 
 
@@ -109,24 +110,21 @@ class AdapterFile:
         digest = self._digest() if check_digest else None
         order = digest_order(self.tensors if digest else {key: self.tensors[key] for key in wanted})
         loaded: dict[str, Tensor] = {}
-        bad: list[str] = []
         for name, tensor in self.source.read(order):
             if digest:
                 digest.add(name, tensor)
-            if name not in wanted:
-                continue
-            if check_finite:
-                bad += non_finite(name, tensor)
-            loaded[name] = tensor.to(device)
+            if name in wanted:
+                loaded[name] = tensor
         if digest and digest.text() != self.metadata[DIGEST_FIELD]:
             raise AdapterFormatError(
                 f"{self.weights_path}: the file was damaged or changed after it was saved (its digest does not fit "
                 "its contents); copy or download it again"
             )
+        bad = all_non_finite(loaded) if check_finite else []
         if bad:
             hint = "The training diverged or the file is damaged."
             raise NonFiniteError(bullet_list(f"{self.weights_path}: numbers that are not finite", bad, hint))
-        return {key: loaded[key] for key in wanted}
+        return {key: loaded[key].to(device) for key in wanted}
 
     def _digest(self) -> Digest | None:
         if DIGEST_FIELD not in self.metadata:
@@ -178,10 +176,43 @@ def read_config_dict(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return _parsed(read_small(path, CONFIG_NAME), path / CONFIG_NAME)
 
 
+def all_non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """A line for each tensor that holds NaN or infinity, in order; small ones are looked at together."""
+    bad: list[str] = []
+    for group in _small_together(tensors):
+        values = [tensors[name].view(-1) for name in group]
+        if len(group) == 1 or not _is_finite(_joined(values)):
+            bad += [line for name in group for line in non_finite(name, tensors[name])]
+    return bad
+
+
+def _joined(values: list[Tensor]) -> Tensor:
+    with torch.autocast("cpu", enabled=False):  # which knows no fp64
+        return torch.cat(values)
+
+
+def _small_together(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
+    """The names in groups of one dtype and of a mebibyte at most, or single."""
+    group: list[str] = []
+    dtype, size = None, 0
+    for name, tensor in tensors.items():
+        if group and (tensor.dtype != dtype or size + tensor.nbytes > _TOGETHER):
+            yield group
+            group, size = [], 0
+        group.append(name)
+        dtype, size = tensor.dtype, size + tensor.nbytes
+    if group:
+        yield group
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # extremes are NaN if any number is; one pass without a mask, 9 times as fast as isfinite
+    return not tensor.numel() or all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
+
+
 def non_finite(name: str, tensor: Tensor) -> list[str]:
     """One line that counts NaN and infinity in a tensor, or none."""
-    # extremes are NaN if any number is; one pass without a mask, 9 times as fast as isfinite
-    if not tensor.numel() or all(math.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+    if _is_finite(tensor):
         return []
     nan, inf = int(torch.isnan(tensor).sum()), int(torch.isinf(tensor).sum())
     return [f"{name}: {nan:,} NaN and {inf:,} infinite of {tensor.numel():,}"]

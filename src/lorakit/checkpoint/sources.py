@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+_AT_ONCE = (
+    1 << 20
+)  # bytes that are read at once and then taken apart; what is larger is read where it is to be
 _SAFE_UNPICKLER = (2, 10)  # older releases have known holes in weights_only
 
 
@@ -73,15 +76,36 @@ class SafetensorsSource:
             os.fdopen(os.dup(descriptor), "rb", buffering=0) as file,
         ):
             self._check(status)
-            for name in names:
-                info = self.tensors[name]
-                tensor = torch.empty(info.shape, dtype=info.dtype)
-                file.seek(self.places[name])
-                if not _fill(file, raw_bytes(tensor)):
-                    raise AdapterFormatError(f"{self.path}: cut while it was read; open the adapter again")
-                yield name, tensor
+            for run in self._runs(names):
+                yield from zip(run, self._read_run(file, run), strict=True)
             self._check(os.fstat(descriptor))
         _check_unchanged(self.folder, self.name, self.stamp)
+
+    def _runs(self, names: Iterable[str]) -> Iterator[list[str]]:
+        """The names in groups that are read at once: small tensors of one dtype that follow each other in the file."""
+        run: list[str] = []
+        end, dtype, size = -1, None, 0
+        for name in names:
+            info, place = self.tensors[name], self.places[name]
+            if run and (place != end or info.dtype != dtype or size + info.nbytes > _AT_ONCE):
+                yield run
+                run, size = [], 0
+            run.append(name)
+            end, dtype, size = place + info.nbytes, info.dtype, size + info.nbytes
+        if run:
+            yield run
+
+    def _read_run(self, file: FileIO, run: list[str]) -> list[Tensor]:
+        infos = [self.tensors[name] for name in run]
+        sizes = [info.nbytes // info.dtype.itemsize for info in infos]
+        block = torch.empty(sum(sizes), dtype=infos[0].dtype)
+        file.seek(self.places[run[0]])
+        if not _fill(file, raw_bytes(block)):
+            raise AdapterFormatError(f"{self.path}: cut while it was read; open the adapter again")
+        if len(run) == 1:
+            return [block.view(infos[0].shape)]
+        parts = zip(block.split(sizes), infos, strict=True)
+        return [part.view(info.shape).clone() for part, info in parts]
 
     def _check(self, status: os.stat_result) -> None:
         if stamp_of(status) != self.stamp:

@@ -103,8 +103,11 @@ class _Ends:
         self._hits = dict.fromkeys(names, False)
 
     def match(self, path: str) -> bool:
+        if not self._hits:
+            return False
         found = [end for end in suffixes(path) if end in self._hits]
-        self._hits.update(dict.fromkeys(found, True))
+        for end in found:
+            self._hits[end] = True
         return bool(found)
 
     def holds_whole(self, path: str) -> bool:

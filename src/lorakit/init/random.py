@@ -29,7 +29,7 @@ def kaiming(context: InitContext) -> InitResult:
         return _embedding(context)
     r, in_features, out_features = _sizes(context)
     A = _empty(context, r, in_features).uniform_(-1.0, 1.0).mul_(1 / math.sqrt(in_features))
-    return _result(context, A, _empty(context, out_features, r).zero_(), bias_bound=0.0)
+    return _result(context, A, _zeros(context, out_features, r), bias_bound=0.0)
 
 
 def gaussian(context: InitContext) -> InitResult:
@@ -38,7 +38,7 @@ def gaussian(context: InitContext) -> InitResult:
         return _embedding(context)
     r, in_features, out_features = _sizes(context)
     A = _empty(context, r, in_features).normal_(std=1 / context.spec.r)
-    return _result(context, A, _empty(context, out_features, r).zero_(), bias_bound=0.0)
+    return _result(context, A, _zeros(context, out_features, r), bias_bound=0.0)
 
 
 def random(context: InitContext) -> InitResult:
@@ -86,6 +86,10 @@ def _sizes(context: InitContext) -> tuple[int, int, int]:
 
 def _empty(context: InitContext, *size: int) -> Tensor:
     return torch.empty(size, dtype=torch.float32, device=context.spec.device)
+
+
+def _zeros(context: InitContext, *size: int) -> Tensor:
+    return torch.zeros(size, dtype=context.spec.dtype, device=context.spec.device)
 
 
 def _result(context: InitContext, A: Tensor, B: Tensor, *, bias_bound: float) -> InitResult:

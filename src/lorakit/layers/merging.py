@@ -150,7 +150,7 @@ class MergingLayer(nn.Module, ABC):
 
     def enable_adapters(self, enabled: bool) -> None:
         """Act with the adapters, or as the base; a merged layer gets its original weight for that time."""
-        self._enabled = enabled
+        self.__dict__["_enabled"] = enabled
         self._install()
 
     # ---- merging ------------------------------------------------------------------------------------

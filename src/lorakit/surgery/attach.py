@@ -134,7 +134,7 @@ def _given(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, New]:
 def _from_file(spec: AdapterSpec, path: str, plan: Plan, tensors: Mapping[str, Tensor]) -> New:
     device = torch.device("cpu") if spec.device.type == "meta" else spec.device
     own = {part: tensors[joined(path, name)].to(device, spec.dtype) for part, name in spec.file_names.items()}
-    return New(own, _offset(spec, _reader(plan, spec)))
+    return New(own, None if spec.variant is None else _offset(spec, _reader(plan, spec)))
 
 
 def _initial(plan: Plan) -> dict[str, New]:
@@ -167,10 +167,12 @@ def _begun(spec: AdapterSpec, read: Callable[[torch.dtype], Tensor]) -> New:
     return new._replace(offset=offset, base_weight=weight, misfit=Misfit.total(misfits) if misfits else None)
 
 
-@torch.no_grad()
 def _offset(spec: AdapterSpec, read: Callable[[torch.dtype], Tensor]) -> tuple[Factors, ...] | None:
     """What the variant takes off the base."""
-    return None if spec.variant is None else cast("Variant", spec.variant).offset(spec, read)
+    if spec.variant is None:
+        return None
+    with torch.no_grad():
+        return cast("Variant", spec.variant).offset(spec, read)
 
 
 def _reader(plan: Plan, spec: AdapterSpec) -> Callable[[torch.dtype], Tensor]:
@@ -181,7 +183,7 @@ def _reader(plan: Plan, spec: AdapterSpec) -> Callable[[torch.dtype], Tensor]:
     layer = _wrapper(node.wrappers, attribute) if is_parameter else node.layer
     if layer is not None:
         return layer.read_weight
-    codec = find_codec(node.module, attribute if is_parameter else None)
+    codec = find_codec(node.module, attribute) if is_parameter else node.codec
     assert codec is not None, "the planner let a module through that no codec owns"
     return partial(codec.read, node.module)
 

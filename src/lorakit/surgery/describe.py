@@ -11,11 +11,13 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lorakit.layers import LoraLayer, ModulesToSaveWrapper, ParamWrapper, Place, kind_of
+from lorakit.weights import find_codec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from lorakit.layers import LayerKind
+    from lorakit.weights import WeightCodec
 
 
 class Node(NamedTuple):
@@ -32,6 +34,8 @@ class Node(NamedTuple):
     """The wrappers of its bare parameters that carry adapters, the outermost first."""
     places: tuple[Place, ...]
     """Every attribute that holds it; a module shared between parents has several."""
+    codec: WeightCodec | None
+    """How its weight is stored, where a layer type adapts it and the way is known."""
 
 
 class Description(NamedTuple):
@@ -110,6 +114,19 @@ def describe(
     return Description(model, nodes, saved)
 
 
+def base_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """The model's own modules, and the copies of those trained whole; not what carries adapters."""
+    stack, seen = [model], set()
+    while stack:
+        module = stack.pop()
+        while isinstance(module, LoraLayer):
+            module = module.base_layer
+        if module not in seen:
+            seen.add(module)
+            yield module
+            stack += [child for child in module._modules.values() if child is not None]
+
+
 def _without(module: nn.Module, adapter: str) -> nn.Module:
     """What is left of a module when an adapter is taken off it."""
     while isinstance(module, LoraLayer) and set(module.adapters) <= {adapter}:
@@ -123,10 +140,12 @@ def _node(path: str, module: nn.Module, place: Place | None) -> Node:
     places = () if place is None else (place,)
     if isinstance(module, ParamWrapper):
         base = module.get_base_layer()
-        return Node(path, base, kind_of(base), None, tuple(module.chain()), places)
-    layer = module if isinstance(module, LoraLayer) else None
-    base = module if layer is None else layer.base_layer
-    return Node(path, base, kind_of(base), layer, (), places)
+        wrappers, layer = tuple(module.chain()), None
+    else:
+        wrappers, layer = (), module if isinstance(module, LoraLayer) else None
+        base = module if layer is None else layer.base_layer
+    kind = kind_of(base)
+    return Node(path, base, kind, layer, wrappers, places, None if kind is None else find_codec(base))
 
 
 def _note_place(nodes: dict[str, Node], path: str, place: Place | None) -> None:

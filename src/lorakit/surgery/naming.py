@@ -82,8 +82,9 @@ def expected_tensors(plan: Plan) -> dict[str, tuple[int, ...]]:
     expected: dict[str, tuple[int, ...]] = {}
     names = names_in_file(plan)
     for spec in plan.specs:
+        where, shapes = names.layer(spec.path), spec.shapes
         for part, name in spec.file_names.items():
-            expected[joined(names.layer(spec.path), name)] = spec.shapes[part]
+            expected[joined(where, name)] = shapes[part]
     for path in plan.modules_to_save:
         for key, tensor in whole_module(plan, path).state_dict().items():
             expected[f"{path}.{key}"] = tuple(tensor.shape)

@@ -21,7 +21,6 @@ from lorakit.surgery.rows import Rules, begin_problems, module_rows, parameter_r
 from lorakit.surgery.targets import near_targets, resolve_targets, trained_whole
 from lorakit.surgery.ties import Ties, find_ties, spelled_out, tie_notes, with_tied
 from lorakit.surgery.tokens import TokenSpec, token_notes, token_specs
-from lorakit.variants import variant_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -142,7 +141,7 @@ def make_plan(
     inside = {node.path for path in whole for node in description.children_of(path)}
     resolved = replace(config, target_modules=resolve_targets(description, config, inside))
     matcher = Matcher(resolved)
-    rules = Rules(resolved, matcher, problems, source == "file", autocast_adapter_dtype, variant_of(resolved))
+    rules = Rules.of(resolved, matcher, problems, from_file=source == "file", widen=autocast_adapter_dtype)
     hit = _targets(description, matcher, inside)
     more = with_tied(ties, hit)
     specs = _specs(description, rules, (*hit, *more), ties, loose)

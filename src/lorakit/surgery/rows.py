@@ -22,6 +22,7 @@ from lorakit.specs import AdapterSpec, adapter_dtype, scaling_of
 from lorakit.surgery.describe import is_read_by_parent, may_read
 from lorakit.surgery.paths import joined
 from lorakit.surgery.registry import find_registry
+from lorakit.variants import variant_of
 from lorakit.weights import find_codec
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ class Rules(NamedTuple):
         from_file: whether the config describes tensors that exist already; what only training needs is not asked then.
         widen: keep adapters of a half-precision base in fp32.
         variant: what the adapter is more than plain LoRA, or None.
+        init: name of the initialiser.
+        init_options: what the config says of it.
+        frozen: which tensors of an adapter are never trained.
     """
 
     config: LoraConfig
@@ -57,6 +61,20 @@ class Rules(NamedTuple):
     from_file: bool
     widen: bool
     variant: Variant | None
+    init: str
+    init_options: object
+    frozen: frozenset[str]
+
+    @staticmethod
+    def of(
+        config: LoraConfig, matcher: Matcher, problems: list[str], *, from_file: bool, widen: bool
+    ) -> Rules:
+        """What a config says of every row alike, found once; see `Rules` for the arguments."""
+        variant, init = variant_of(config), initialiser_name(config.init_lora_weights)
+        frozen = FROZEN.get(init, frozenset()) | (variant.frozen if variant else frozenset())
+        return Rules(
+            config, matcher, problems, from_file, widen, variant, init, initialiser_options(config), frozen
+        )
 
 
 class Kept(NamedTuple):
@@ -81,8 +99,8 @@ def module_rows(node: Node, rules: Rules, description: Description) -> list[Adap
     if problem:
         rules.problems.append(f"{node.path}: {problem}")
         return []
+    codec = node.codec
     assert node.kind is not None
-    codec = find_codec(node.module)
     assert codec is not None
     layout = codec.layout(node.module) if node.layer is None else node.layer.layout
     drops = node.kind.is_linear or not has_own_forward(node.module)
@@ -120,7 +138,7 @@ def _attention_rows(
             rows += _parameter_row(node, name, rules, matched_as=node.path)
             continue
         child = description.nodes[joined(node.path, name)]
-        codec = find_codec(child.module)
+        codec = child.codec
         if child.wrappers or codec is None or child.kind is None:
             problem = _taken(child) if child.wrappers else _stored(child.module)
             rules.problems.append(f"{child.path}: {problem}")
@@ -191,12 +209,11 @@ def _row(
     drops = drops and kind.drops and not _in_attention(path, matched_as)
     dropout = config.lora_dropout if drops else 0.0
     called = called and not _in_attention(path, matched_as)
-    init = initialiser_name(config.init_lora_weights)
     refused = (
         _refused(kind, layout, r, config, drops=drops or rules.from_file)
         or _variant_refused(path, kind, layout, r, rules, called=called)
-        or ("" if rules.from_file else why_not_begin(init, layout, r, on_grid=kept.on_grid))
-        or _unreadable(init, kept, rules)
+        or ("" if rules.from_file else why_not_begin(rules.init, layout, r, on_grid=kept.on_grid))
+        or _unreadable(kept, rules)
     )
     if refused:
         rules.problems.append(f"{path}: {refused}")
@@ -211,12 +228,12 @@ def _row(
             scaling=scaling_of(r, alpha, rslora=config.use_rslora),
             dropout=dropout,
             lora_bias=config.lora_bias,
-            init=init,
+            init=rules.init,
             dtype=adapter_dtype(kept.dtype, widen=rules.widen),
             device=kept.device,
             variant=rules.variant,
-            init_options=initialiser_options(config),
-            frozen=FROZEN.get(init, frozenset()) | (rules.variant.frozen if rules.variant else frozenset()),
+            init_options=rules.init_options,
+            frozen=rules.frozen,
         )
     ]
 
@@ -239,9 +256,9 @@ def _refused(kind: LayerKind, layout: Layout, r: int, config: LoraConfig, *, dro
     return ""
 
 
-def _unreadable(init: str, kept: Kept, rules: Rules) -> str:
+def _unreadable(kept: Kept, rules: Rules) -> str:
     """What of a config needs to know a weight that cannot be read, or an empty text."""
-    variant = rules.variant
+    variant, init = rules.variant, rules.init
     asks = variant.name if variant is not None and variant.reads else ""
     if init in FROM_WEIGHT and not rules.from_file:
         asks = f"init_lora_weights={init!r}"
@@ -331,7 +348,7 @@ def _why_not(node: Node) -> str:
             "nn.Embedding, nn.Conv1d/2d/3d, nn.MultiheadAttention and known quantised linear layers, and bare parameters "
             "by target_parameters"
         )
-    codec = find_codec(module)
+    codec = node.codec
     # a linear layer gives such a parent a stand-in, which a quantised weight does not fit into
     apart = not node.kind.is_linear or (codec is not None and codec.on_grid)
     if apart and any(may_read(place.owner, place.attribute) for place in node.places):

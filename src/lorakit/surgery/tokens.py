@@ -11,7 +11,6 @@ from torch import nn
 from lorakit.config import NearNames, ends_in
 from lorakit.specs import adapter_dtype
 from lorakit.surgery.describe import is_read_by_parent
-from lorakit.weights import find_codec
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -172,7 +171,7 @@ def _problem(node: Node, indices: tuple[int, ...]) -> str:
     module = node.module
     if not isinstance(module, (nn.Embedding, nn.Linear)) or is_read_by_parent(module):
         return f"{type(module).__name__} has no rows of tokens; name an embedding or a linear head"
-    codec = find_codec(module)
+    codec = node.codec
     if codec is None or codec.on_grid:
         return "its weight is not a plain matrix of floating-point numbers"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:

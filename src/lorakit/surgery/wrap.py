@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from lorakit.layers import PARAMETER, Linear, ParamWrapper, Place, kind_of
+from lorakit.layers import PARAMETER, Linear, ParamWrapper, Place
 from lorakit.layers.together import group_of, is_alike
 from lorakit.surgery.describe import may_read
 from lorakit.surgery.naming import outermost_first
@@ -23,7 +23,7 @@ def wrap_module(registry: AdapterRegistry, description: Description, path: str) 
     if path in registry.layers:
         return
     node = description.nodes[path]
-    kind, codec = kind_of(node.module), find_codec(node.module)
+    kind, codec = node.kind, node.codec
     assert kind is not None
     assert codec is not None
     layer = kind.layer(node.module, codec)
@@ -84,6 +84,4 @@ def wrap_parameter(registry: AdapterRegistry, description: Description, path: st
 
 
 def _prepare(registry: AdapterRegistry, layer: LoraLayer) -> None:
-    layer.owner = registry.owner
-    layer.enable_adapters(registry.enabled)
-    layer.set_adapter(registry.active)
+    layer.enter(registry.owner, registry.active, enabled=registry.enabled)

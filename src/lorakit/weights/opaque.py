@@ -5,6 +5,7 @@ An adapter beside one trains and infers. Merging would need the weight, and is r
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
@@ -61,12 +62,18 @@ _MULTIPLY_OTHERWISE = frozenset({"AutoBitLinear", "INC", "Transformer Engine"})
 
 def backend_of(base: nn.Module) -> str | None:
     """What a layer that can only be called is known as; None for any other module."""
-    for kind in type(base).__mro__:
-        found = BACKENDS.get((kind.__module__.partition(".")[0], kind.__name__))
-        if found is not None:
-            plain = is_dense(base._parameters.get("weight"))
-            return None if plain and found not in _MULTIPLY_OTHERWISE else found
+    found = _known_as(type(base))  # type: ignore[arg-type]  # mypy takes no class for hashable
+    if found is not None:
+        plain = is_dense(base._parameters.get("weight"))
+        return None if plain and found not in _MULTIPLY_OTHERWISE else found
     return _kind_of_linear(base) if isinstance(base, nn.Linear) else None
+
+
+@lru_cache(maxsize=1024)  # a model has hundreds of modules and a dozen classes
+def _known_as(kind: type[nn.Module]) -> str | None:
+    """What layers of a class, or of one that it comes from, are called."""
+    names = ((each.__module__.partition(".")[0], each.__name__) for each in kind.__mro__)
+    return next((BACKENDS[name] for name in names if name in BACKENDS), None)
 
 
 def _kind_of_linear(base: nn.Linear) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from lorakit.checkpoint.layout import pending_config_name
 from lorakit.checkpoint.reading import open_adapter, read_config_dict
 from lorakit.checkpoint.writing import write_adapter
-from lorakit.errors import AdapterFormatError, AdapterNotFoundError
+from lorakit.errors import AdapterFormatError, AdapterNotFoundError, NonFiniteError
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -41,6 +41,46 @@ def test_some_keys(saved, tensors):
         assert all(torch.equal(loaded[key], tensors[key]) for key in keys)
     with pytest.raises(AdapterFormatError, match="nope"):
         open_adapter(saved).load(["nope"])
+
+
+@pytest.mark.parametrize(
+    ("count", "size"),
+    [(40, 64), (3, 300_000), (40, 20_000), (1, 5)],
+    ids=["small", "large", "several runs", "one"],
+)
+def test_every_tensor_owns_its_memory(count, size, tmp_path, config):
+    torch.manual_seed(0)
+    tensors = {f"base_model.model.{number}.lora_A.weight": torch.randn(1, size) for number in range(count)}
+    tensors["base_model.model.empty.lora_A.weight"] = torch.empty(0, 3)
+    write_adapter(tmp_path, config, tensors)
+    loaded = open_adapter(tmp_path).load()
+    assert all(torch.equal(loaded[key], tensors[key]) for key in tensors)
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in loaded.values())
+    first, *others = (tensor for tensor in loaded.values() if tensor.numel())
+    first.add_(1)
+    assert not any(tensor._version for tensor in others)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(dtype, tmp_path, config):
+    tensors = {
+        f"base_model.model.{number}.lora_A.weight": torch.ones(2, 3, dtype=dtype) for number in range(9)
+    }
+    write_adapter(tmp_path, config, tensors)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loaded = open_adapter(tmp_path).load()
+    assert {tensor.dtype for tensor in loaded.values()} == {dtype}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_bad_number_among_many_small_tensors_is_named(value, tmp_path, config):
+    tensors = {f"base_model.model.{number}.lora_A.weight": torch.ones(2, 3) for number in range(30)}
+    tensors["base_model.model.17.lora_A.weight"][1, 2] = value
+    safetensors.torch.save_file(tensors, tmp_path / WEIGHTS)
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"target_modules": ["q", "v"]}))
+    with pytest.raises(NonFiniteError, match=r"17\.lora_A.*of 6") as caught:
+        open_adapter(tmp_path).load()
+    assert str(caught.value).count("lora_A") == 1
 
 
 def test_loaded_tensors_do_not_follow_the_file(saved, tensors):
