@@ -97,7 +97,7 @@ def estimate(
 ) -> Estimate:
     """Tell what training an adapter will take before anything is loaded.
 
-    The model is built without numbers. The trainable parameters are those of `lorakit.plan`; activations and logits are
+    The model is built without numbers, and the adapter put on it as `lorakit.plan` says; activations and logits are
     counted in one training step with shapes in the place of numbers, through the very code that will run.
 
     Args:
@@ -133,6 +133,7 @@ def estimate(
     vocabulary = base.config.get_text_config().vocab_size
     inputs = _inputs(base, config, batch, seq)
     model = get_peft_model(base, _plain(config))
+    _freeze(model, planned)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parts = {
         "weights": weights,
@@ -146,7 +147,7 @@ def estimate(
         model=type(base).__name__,
         targets=len(planned.specs),
         base_parameters=base_parameters,
-        trainable_parameters=planned.parameters,
+        trainable_parameters=sum(parameter.numel() for parameter in trained),
         adapter_bytes=planned.bytes,
         **parts,
         total=sum(parts.values()),
@@ -189,6 +190,14 @@ def _plain(config: LoraConfig) -> LoraConfig:
         corda_config=None,
         lora_ga_config=None,
     )
+
+
+def _freeze(model: nn.Module, planned: Plan) -> None:
+    """Let nothing be trained that the config's own scheme would not train."""
+    parts = {part for spec in planned.specs for part in spec.frozen} & {"A", "B"}
+    for name, parameter in model.named_parameters():
+        if any(f".lora_{part}." in name for part in parts):
+            parameter.requires_grad = False
 
 
 def _inputs(base: nn.Module, config: LoraConfig, batch: int, seq: int) -> dict[str, Tensor]:

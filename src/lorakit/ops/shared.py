@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from lorakit.ops.fused import is_frozen_base
 from lorakit.ops.reference import must_compose
-from lorakit.ops.terms import in_autocast, product_dtype
+from lorakit.ops.terms import in_autocast, product_dtype, without_autocast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -117,7 +117,7 @@ class _Shrink(torch.autograd.Function):
         there = [(place, dh) for place, dh in enumerate(dhs) if dh is not None]
         if not there:
             return dx, *grads
-        with torch.autocast(ctx.device_type, enabled=False):
+        with without_autocast(ctx.device_type):
             dh = torch.cat([each for _, each in there], dim=1)
             sizes = [each.shape[1] for _, each in there]
             wanted = [(k, place) for k, (place, _) in enumerate(there) if ctx.needs_input_grad[1 + place]]
@@ -174,7 +174,7 @@ class _Expand(torch.autograd.Function):
         if dy is None:
             return dx, *[None] * (4 + 3 * count)
         grads: list[Tensor | None] = []
-        with torch.autocast(ctx.device_type, enabled=False):
+        with without_autocast(ctx.device_type):
             rows = _rows(dy.contiguous())
             weight = W.t() if ctx.transposed else W
             dx = (rows @ weight).view(ctx.x_shape) if dx is None else _plus_product(dx, rows, weight)

@@ -6,11 +6,14 @@ thing is added: a CPU that has no instructions for a half precision computes in 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from torch import Tensor
 
 # Below this many rows a product is bound by reading the weight, and widening the weight costs more than it saves.
@@ -64,6 +67,11 @@ _EMULATED = frozenset(
 def in_autocast(device_type: str) -> bool:
     """Whether autocast is on for a type of device; torch refuses the question for meta."""
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """A context in which autocast is off; meta has none."""
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 def result_dtype(x: Tensor) -> torch.dtype:

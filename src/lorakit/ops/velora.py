@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, pad
 
 from lorakit.ops.dropout import draw_dropped, zero_, zeroed
-from lorakit.ops.terms import product_dtype, result_dtype
+from lorakit.ops.terms import product_dtype, result_dtype, without_autocast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +101,7 @@ class _ProjectedLinear(torch.autograd.Function):
     def forward(x: Tensor, A: Tensor, direction: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
         result = result_dtype(x)
         products = product_dtype(x, result)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             rows = x.reshape(-1, x.shape[-1])
             if projection.dropout:
                 dropped = _dropped(projection, rows)
@@ -125,7 +125,7 @@ class _ProjectedLinear(torch.autograd.Function):
         projection: Projection = ctx.projection
         products = product_dtype(dh, dh.dtype)
         dx = dA = None
-        with torch.autocast(dh.device.type, enabled=False):
+        with without_autocast(dh.device.type):
             rows = dh.reshape(-1, dh.shape[-1]).to(products)
             if ctx.needs_input_grad[0]:
                 dx = rows @ A.to(products)

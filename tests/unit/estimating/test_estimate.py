@@ -104,7 +104,15 @@ def test_parts_are_those_of_a_real_step(kind, checkpointing):
     check(found, model, kind)
 
 
-@pytest.mark.parametrize("changes", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"bias": "all"},
+        {"velora_config": {"num_groups": 8}},
+    ],
+)
 def test_parts_of_other_adapters(changes):
     lora = adapter(**changes)
     found = lorakit.estimate(config_of("llama"), lora, batch=BATCH, seq=SEQ, dtype=torch.float32)
