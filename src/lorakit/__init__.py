@@ -27,12 +27,12 @@ if TYPE_CHECKING:
         preprocess_corda,
         preprocess_loraga,
     )
-    from lorakit.checkpoint.converting.convert import Converted, convert
-    from lorakit.checkpoint.merging.merge import CheckpointMerge, merge_checkpoint
     from lorakit.checkpoint.adapter_report import AdapterReport
     from lorakit.checkpoint.combining import Combination
     from lorakit.checkpoint.comparing import AdapterDifference, diff
+    from lorakit.checkpoint.converting.convert import Converted, convert
     from lorakit.checkpoint.inspecting import inspect_adapter
+    from lorakit.checkpoint.merging.merge import CheckpointMerge, merge_checkpoint
     from lorakit.checkpoint.resizing import Resized, resize
     from lorakit.config import (
         ArrowConfig,
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
         VeloraConfig,
     )
     from lorakit.configs import LoraConfig, PeftConfig
+    from lorakit.diagnosis.doctor import doctor
+    from lorakit.diagnosis.finding import Finding
     from lorakit.errors import (
         AdapterError,
         AdapterFormatError,
@@ -62,8 +64,6 @@ if TYPE_CHECKING:
         PlanError,
         UnsupportedError,
     )
-    from lorakit.diagnosis.doctor import doctor
-    from lorakit.diagnosis.finding import Finding
     from lorakit.estimating.estimate import Estimate, estimate
     from lorakit.extracting.extract import Extraction, extract
     from lorakit.helpers import (

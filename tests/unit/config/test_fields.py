@@ -103,7 +103,12 @@ BAD = [
     ("eva_config", {"rhoo": 2.0}, "'rhoo'", "some of rho, tau"),
     ("velora_config", {"num_groups": 0}, "0 (int)", "a positive int"),
     ("velora_config", {"scale": 0.0}, "0.0 (float)", "a positive number"),
-    ("velora_config", {"init_type": "mean"}, "'mean' (str)", "one of 'batch_average', 'batch_average_once', 'random'"),
+    (
+        "velora_config",
+        {"init_type": "mean"},
+        "'mean' (str)",
+        "one of 'batch_average', 'batch_average_once', 'random'",
+    ),
     ("arrow_config", {"top_k": 0}, "0 (int)", "a positive int"),
     ("arrow_config", {"router_temperature": -1}, "-1 (int)", "a positive number"),
     ("arrow_config", {"gks_adapter_names": "a"}, "'a' (str)", "a list of non-empty strings"),
