@@ -57,6 +57,8 @@ def build(case: Case) -> Candidates:
     base = torch.nn.Linear(features, out, bias=False, dtype=case.dtype).requires_grad_(requires_grad=False)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=case.dropout)
     layer = PeftLinear(base, "default", config, RANK, ALPHA)
+    layer.lora_A.float()  # the layer alone makes them in the base's dtype; get_peft_model then widens them
+    layer.lora_B.float()
     A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     torch.nn.init.normal_(B, std=0.02)
     terms = [Term(A, B, None, ALPHA / RANK, case.dropout)]
