@@ -1,13 +1,21 @@
-"""Whether tensors are still what they were, for whatever was computed from them and is kept."""
+"""Whether tensors are still what they were, for whatever was computed from them and is kept.
+
+Torch's fused optimizers write parameters without counting a version (2.13, `_fused_adamw_` and its like). While this
+module is loaded, every step of one is counted as the write that it is.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
+    from torch.optim import Optimizer
 
 
 class Stamp(NamedTuple):
@@ -39,3 +47,13 @@ class Stamp(NamedTuple):
         return [t._version for t in self.versioned] == self.versions and [
             t.data_ptr() for t in self.tensors
         ] == self.addresses
+
+
+def _count_fused_writes(optimizer: Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            increment_version([parameter for parameter in group["params"] if parameter.grad is not None])
+
+
+_count_fused_writes._torchdynamo_disable = True  # type: ignore[attr-defined]  # a compiled step would leave it out
+register_optimizer_step_post_hook(_count_fused_writes)

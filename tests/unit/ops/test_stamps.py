@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -33,3 +34,18 @@ def test_inference_tensors_have_no_version():
     with torch.inference_mode():
         tensor = torch.randn(3)
     assert Stamp.of([tensor]).holds()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_fused_step_is_noticed_on_what_it_wrote(kind, compiled):
+    """Torch counts no version there."""
+    trained, still = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))
+    optimizer = kind([trained, still], lr=0.1, fused=True)
+    step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+    for _ in range(3):
+        trained.grad = torch.ones_like(trained)
+        stamps = Stamp.of([trained]), Stamp.of([still])
+        step()
+        assert [stamp.holds() for stamp in stamps] == [False, True]
+    torch._dynamo.reset()
