@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import dropout
 
 from lorakit.errors import ConfigError, UnsupportedError
+from lorakit.variants.nothing import FactorsAlone, LeavesBase, NoPenalty, OnAnyWeight
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -22,9 +23,8 @@ if TYPE_CHECKING:
 
     from lorakit.config import LoraConfig
     from lorakit.layouts import Layout
-    from lorakit.specs import AdapterSpec, PartName
-    from lorakit.types import Factors
-    from lorakit.variants.variant import Call, Effect, Held, Start
+    from lorakit.specs import PartName
+    from lorakit.variants.variant import Call, Effect, Held
 
     Reader = Callable[[torch.dtype], Tensor]
 
@@ -96,7 +96,7 @@ class Activation:
 
 @final
 @dataclass(frozen=True)
-class ALora:
+class ALora(FactorsAlone, OnAnyWeight, LeavesBase, NoPenalty):
     """The adapter acts where its `Activation` says, which the call of the model carries; without one it does not act."""
 
     name: ClassVar[str] = "aLoRA"
@@ -107,22 +107,6 @@ class ALora:
     merges: ClassVar[bool] = False
     reads: ClassVar[bool] = False
     finish: ClassVar[None] = None
-
-    def shapes(self, path: str, layout: Layout, r: int) -> Mapping[str, tuple[int, ...]]:  # noqa: ARG002
-        """Nothing beside the factors."""
-        return {}
-
-    def why_not(self, path: str, layout: Layout, r: int) -> str:  # noqa: ARG002
-        """Any matrix will do."""
-        return ""
-
-    def start(self, start: Start) -> Mapping[str, Tensor]:
-        """The factors as initialised."""
-        return {"A": start.A, "B": start.B}
-
-    def offset(self, spec: AdapterSpec, weight: Reader) -> tuple[Factors, ...] | None:  # noqa: ARG002
-        """Nothing is taken off the base."""
-        return None
 
     def forward(self, y: Tensor, call: Call) -> Tensor:
         """Y with what the adapter adds inside; outside it is the base's, bit for bit.
@@ -156,10 +140,6 @@ class ALora:
         # to read these rows of y and write them again costs more: 4.1 ms against 2.8, both ways (512 x 512, 112 inside)
         add = flat.index_add if torch.is_grad_enabled() else flat.index_add_
         return add(0, inside, added).view(y.shape)
-
-    def penalty(self, held: Held, kept: Mapping[str, Any], count: int, *, training: bool) -> Tensor | None:  # noqa: ARG002
-        """Nothing is added to a loss."""
-        return None
 
     def effect(self, held: Held, layout: Layout, weight: Reader) -> Effect:  # noqa: ARG002
         """None that a weight could have.

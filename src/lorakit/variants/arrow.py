@@ -14,6 +14,7 @@ from lorakit.errors import AdapterStateError, ConfigError, UnsupportedError
 from lorakit.ops.low_rank import low_rank_svd
 from lorakit.ops.stamps import Stamp
 from lorakit.types import Factors
+from lorakit.variants.nothing import FactorsAlone, LeavesBase, NoPenalty, OnAnyWeight
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
     from lorakit.config import LoraConfig
     from lorakit.layouts import Layout
-    from lorakit.specs import AdapterSpec, PartName
-    from lorakit.variants.variant import Call, Effect, Held, Start
+    from lorakit.specs import PartName
+    from lorakit.variants.variant import Call, Effect, Held
 
     Reader = Callable[[torch.dtype], Tensor]
 
@@ -53,7 +54,7 @@ class Experts(NamedTuple):
 
 @final
 @dataclass(frozen=True)
-class Arrow:
+class Arrow(FactorsAlone, OnAnyWeight, LeavesBase, NoPenalty):
     """`y + sum_e c_e scaling_e B_e A_e x`: c is the softmax of |prototype_e x| over the `top_k` largest, else 0.
 
     The experts are the plain adapters on the layer. Their prototypes are made once, and again when an expert changes,
@@ -80,22 +81,6 @@ class Arrow:
     reads: ClassVar[bool] = False
     finish: ClassVar[None] = None
 
-    def shapes(self, path: str, layout: Layout, r: int) -> Mapping[str, tuple[int, ...]]:  # noqa: ARG002
-        """Nothing beside the factors, which a file has and nothing computes with."""
-        return {}
-
-    def why_not(self, path: str, layout: Layout, r: int) -> str:  # noqa: ARG002
-        """Any matrix will do."""
-        return ""
-
-    def start(self, start: Start) -> Mapping[str, Tensor]:
-        """The factors as initialised."""
-        return {"A": start.A, "B": start.B}
-
-    def offset(self, spec: AdapterSpec, weight: Reader) -> tuple[Factors, ...] | None:  # noqa: ARG002
-        """Nothing is taken off the base."""
-        return None
-
     def forward(self, y: Tensor, call: Call) -> Tensor:
         """Y with what each token's own experts add.
 
@@ -115,10 +100,6 @@ class Arrow:
         if call.rate:
             added = dropout(added, call.rate)
         return y + added.view(y.shape).to(y.dtype)
-
-    def penalty(self, held: Held, kept: Mapping[str, Any], count: int, *, training: bool) -> Tensor | None:  # noqa: ARG002
-        """Nothing is added to a loss."""
-        return None
 
     def effect(self, held: Held, layout: Layout, weight: Reader) -> Effect:  # noqa: ARG002
         """None that a weight could have.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, final
 
 from torch.nn.functional import linear
 
 from lorakit.errors import UnsupportedError
 from lorakit.ops.blocks import block_diagonal, block_linear
 from lorakit.ops.terms import product_dtype, result_dtype
+from lorakit.variants.nothing import LeavesBase, NoPenalty
 from lorakit.variants.shorter import check_scheme, shortened
 from lorakit.variants.variant import Effect
 
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
 
     from lorakit.config import LoraConfig
     from lorakit.layouts import Layout
-    from lorakit.specs import AdapterSpec, PartName
+    from lorakit.specs import PartName
     from lorakit.variants.variant import Call, Held, Start
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class BdLora:
+class BdLora(LeavesBase, NoPenalty):
     """`y + scaling * B (A x)` with A or B block-diagonal, stored without its zeros: (r, in / n) or (out, r / n).
 
     Attributes:
@@ -103,9 +104,6 @@ class BdLora:
             B = B[:, : shapes["B"][1]].contiguous()  # zero, or independent numbers
         return {"A": A, "B": B}
 
-    def offset(self, spec: AdapterSpec, weight: Callable[[torch.dtype], Tensor]) -> None:
-        """Nothing."""
-
     def forward(self, y: Tensor, call: Call) -> Tensor:
         """The product block by block; where no factor has blocks, the plain one."""
         held = call.held
@@ -122,9 +120,6 @@ class BdLora:
         if held.bias is not None:
             added = added + held.bias * held.scaling
         return (y + added).to(y.dtype)
-
-    def penalty(self, held: Held, kept: Mapping[str, Any], count: int, *, training: bool) -> None:
-        """Nothing."""
 
     def effect(self, held: Held, layout: Layout, weight: Callable[[torch.dtype], Tensor]) -> Effect:  # noqa: ARG002 - the contract's
         """The factors with their zeros."""

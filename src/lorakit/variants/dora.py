@@ -21,6 +21,7 @@ from lorakit.ops.reference import PLAIN, must_compose
 from lorakit.ops.stamps import Stamp
 from lorakit.ops.terms import Term
 from lorakit.specs import PartName
+from lorakit.variants.nothing import LeavesBase, NoPenalty
 from lorakit.variants.variant import Effect, Held
 from lorakit.weights.dense import FLOATS
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
     from lorakit.config import LoraConfig
     from lorakit.layouts import Layout
-    from lorakit.specs import AdapterSpec
     from lorakit.variants.variant import Call, Start
 
 
@@ -62,7 +62,7 @@ class _Gain(NamedTuple):
 
 @final
 @dataclass(frozen=True, slots=True)
-class Dora:
+class Dora(LeavesBase, NoPenalty):
     """`y = g (W x + s B A x) + bias` with `g = magnitude / ||W + s B A||`, the norm of each output's row.
 
     No gradient goes through the norm. The magnitude begins as that norm. Under dropout the base's product is that of
@@ -101,9 +101,6 @@ class Dora:
         shape = self.shapes(spec.path, spec.layout, spec.r)["magnitude"]
         return {"A": start.A, "B": start.B, "magnitude": norms.to(spec.dtype).view(shape)}
 
-    def offset(self, spec: AdapterSpec, weight: Callable[[torch.dtype], Tensor]) -> None:
-        """Nothing."""
-
     def forward(self, y: Tensor, call: Call) -> Tensor:
         """See `Variant.forward`."""
         if y is call.base_y and not call.rate:
@@ -123,9 +120,6 @@ class Dora:
             return shifted(y, y, call.bias, _change(call, y.dtype), space)
         rescaled: Tensor = Rescale.apply(y, call.bias, _magnitude(call.held), _norms(call), space)  # type: ignore[no-untyped-call]
         return rescaled
-
-    def penalty(self, held: Held, kept: Mapping[str, Any], count: int, *, training: bool) -> None:
-        """Nothing is added to a loss."""
 
     def effect(self, held: Held, layout: Layout, weight: Callable[[torch.dtype], Tensor]) -> Effect:  # noqa: ARG002 - the contract's
         """`W -> g (W + s B A)`."""

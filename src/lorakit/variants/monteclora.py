@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 import torch
 
 from lorakit.specs import PartName
+from lorakit.variants.nothing import LeavesBase, OnAnyWeight
 from lorakit.variants.variant import Effect
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     from lorakit.config import LoraConfig
     from lorakit.layouts import Layout
-    from lorakit.specs import AdapterSpec
     from lorakit.variants.variant import Call, Held, Start
 
 _HOLDER = "lora_monteclora_sampler"
@@ -35,7 +35,7 @@ class _Draw(NamedTuple):
 
 @final
 @dataclass(frozen=True, slots=True)
-class Monteclora:
+class Monteclora(OnAnyWeight, LeavesBase):
     """`y + scaling * B (A + noise) x` in training, `y + scaling * B A x` in eval mode and merged.
 
     The noise is a weighted mean of `samples` normal matrices whose rows have the variance `exp(2 s) chi^2(r)`; the
@@ -82,10 +82,6 @@ class Monteclora:
             "expert_weights": many,
         }
 
-    def why_not(self, path: str, layout: Layout, r: int) -> str:  # noqa: ARG002 - the contract's
-        """It can be anywhere."""
-        return ""
-
     def start(self, start: Start) -> Mapping[str, Tensor]:
         """A and B as initialised; the logarithms uniform in [0, 1), the variance one, the weights equal."""
         spec, many = start.spec, self.samples
@@ -96,9 +92,6 @@ class Monteclora:
             "expert_weights": torch.full((many,), 1 / many, device=spec.device),
         }
         return {"A": start.A, "B": start.B, **{part: made[part].to(spec.dtype) for part in made}}
-
-    def offset(self, spec: AdapterSpec, weight: Callable[[torch.dtype], Tensor]) -> None:
-        """Nothing."""
 
     def forward(self, y: Tensor, call: Call) -> Tensor:
         """The plain product, in training with another A."""

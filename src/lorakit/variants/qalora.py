@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, final
 
+from lorakit.variants.nothing import LeavesBase, NoPenalty
 from lorakit.variants.shorter import check_scheme, shortened
 from lorakit.variants.variant import Effect
 
@@ -18,13 +19,13 @@ if TYPE_CHECKING:
 
     from lorakit.config import LoraConfig
     from lorakit.layouts import Layout
-    from lorakit.specs import AdapterSpec, PartName
+    from lorakit.specs import PartName
     from lorakit.variants.variant import Call, Held, Start
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class QaLora:
+class QaLora(LeavesBase, NoPenalty):
     """`y + scaling * B A (g mean(x))`: the mean of each group of inputs, times the number g of groups; A is (r, g).
 
     Attributes:
@@ -64,17 +65,11 @@ class QaLora:
         (shape,) = self.shapes(start.spec.path, start.spec.layout, start.spec.r).values()
         return {"A": shortened(start, shape, bound=1 / math.sqrt(shape[1])), "B": start.B}
 
-    def offset(self, spec: AdapterSpec, weight: Callable[[torch.dtype], Tensor]) -> None:
-        """Nothing."""
-
     def forward(self, y: Tensor, call: Call) -> Tensor:
         """The plain product with the means; the factor is in A, which is small."""
         A = call.held.A
         means = call.dropped().unflatten(-1, (-1, self.size)).mean(dim=-1)
         return call.add(y, means, replace(call.held, A=A * A.shape[1]))
-
-    def penalty(self, held: Held, kept: Mapping[str, Any], count: int, *, training: bool) -> None:
-        """Nothing."""
 
     def effect(self, held: Held, layout: Layout, weight: Callable[[torch.dtype], Tensor]) -> Effect:  # noqa: ARG002 - the contract's
         """Every input of a group has the group's column of A, times `g / size`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, final
 
 import torch
 from torch.nn.functional import linear
@@ -20,6 +20,7 @@ from lorakit.ops.velora import (
     projected_reference,
 )
 from lorakit.specs import PartName
+from lorakit.variants.nothing import LeavesBase, NoPenalty, OnAnyWeight
 from lorakit.variants.variant import Effect
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 
     from lorakit.config import LoraConfig
     from lorakit.layouts import Layout
-    from lorakit.specs import AdapterSpec
-    from lorakit.types import Factors
     from lorakit.variants.variant import Call, Held, Start
 
     Reader = Callable[[torch.dtype], Tensor]
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 
 @final
 @dataclass(frozen=True)
-class Velora:
+class Velora(OnAnyWeight, LeavesBase, NoPenalty):
     """What the layer gives is plain LoRA's; the gradient of A is taken from the projected input.
 
     Attributes:
@@ -68,10 +67,6 @@ class Velora:
         """The direction is as long as a group."""
         return {"direction": (group_size(layout.row[0], self.groups),)}
 
-    def why_not(self, path: str, layout: Layout, r: int) -> str:  # noqa: ARG002
-        """Any matrix will do."""
-        return ""
-
     def start(self, start: Start) -> Mapping[str, Tensor]:
         """The factors as initialised; a random direction, or zeros until the first step."""
         spec = start.spec
@@ -79,10 +74,6 @@ class Velora:
         if self.init_type == "random":
             direction = normalised(torch.randn_like(direction))
         return {"A": start.A, "B": start.B, "direction": direction.to(spec.dtype)}
-
-    def offset(self, spec: AdapterSpec, weight: Reader) -> tuple[Factors, ...] | None:  # noqa: ARG002
-        """Nothing is taken off the base."""
-        return None
 
     def forward(self, y: Tensor, call: Call) -> Tensor:
         """The plain product; where A is trained, on a projected input in backward."""
@@ -101,10 +92,6 @@ class Velora:
         h = h * held.scaling
         y = y + linear(h, held.B.to(h.dtype)).to(y.dtype)
         return y if held.bias is None else y + (held.bias * held.scaling).to(y.dtype)
-
-    def penalty(self, held: Held, kept: Mapping[str, Any], count: int, *, training: bool) -> Tensor | None:  # noqa: ARG002
-        """Nothing is added to a loss."""
-        return None
 
     def effect(self, held: Held, layout: Layout, weight: Reader) -> Effect:  # noqa: ARG002
         """That of the factors."""
