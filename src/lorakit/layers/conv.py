@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
@@ -17,8 +16,10 @@ from lorakit.layers.mixing import scaling_by_sample, then_zeros
 from lorakit.layers.varied import (
     add_by_sample,
     add_variants,
+    calling,
     held_by,
     offset_of,
+    one_apart,
     parted,
     parted_by_sample,
 )
@@ -27,7 +28,7 @@ from lorakit.layouts import filled
 from lorakit.weights.dense import CONVOLUTIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable
 
     from lorakit.layers.chosen import Chosen
     from lorakit.layers.factors import Convolution
@@ -65,7 +66,7 @@ class Conv(LoraLayer):
         y: Tensor = self.base_layer(x, *args, **kwargs)
         if not route:
             return y
-        again = partial(self._base_again, args, kwargs)
+        again = calling(self.base_layer, args, kwargs)
         if by_sample is not None:
             return self._mixed(by_sample, route, y, x, again)
         dtype = y.dtype
@@ -75,11 +76,6 @@ class Conv(LoraLayer):
         for name in plain:
             y = self._add_plain(name, y, x)
         return y.to(dtype)
-
-    def _base_again(self, args: Sequence[Any], kwargs: Mapping[str, Any], x: Tensor) -> Tensor:
-        """The base's output for another input, with the further arguments of the running call."""
-        found: Tensor = self.base_layer(x, *args, **kwargs)
-        return found
 
     def _add_plain(self, name: str, y: Tensor, x: Tensor) -> Tensor:
         """Y, given away, with what a plain adapter adds; through its modules where something hangs on them."""
@@ -116,14 +112,8 @@ class Conv(LoraLayer):
         """Each sample through its own adapter."""
         names, apart = parted_by_sample(self, present)
         if apart:
-            y = add_by_sample(chosen, apart, y, x, partial(self._add_one, again))
+            y = add_by_sample(chosen, apart, y, x, one_apart(self, again, self._add, self._add_plain))
         return self._mixed_plain(chosen, names, y, x) if names else y
-
-    def _add_one(self, base: Callable[[Tensor], Tensor], name: str, y: Tensor, x: Tensor) -> Tensor:
-        """Y, given away, with what one adapter adds that has a variant or an offset."""
-        if name in self.variants:
-            return add_variants(self, [name], y, x, base, self._add)
-        return self._add_plain(name, y, x)
 
     def _mixed_plain(self, chosen: Chosen, names: tuple[str, ...], y: Tensor, x: Tensor) -> Tensor:
         """One convolution, in which a sample is a group."""

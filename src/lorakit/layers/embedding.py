@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -16,8 +15,10 @@ from lorakit.layers.mixing import rows_by_sample, scaling_by_sample, then_zeros
 from lorakit.layers.varied import (
     add_by_sample,
     add_variants,
+    calling,
     held_by,
     offset_of,
+    one_apart,
     parted,
     parted_by_sample,
 )
@@ -25,7 +26,7 @@ from lorakit.layers.whole import has_own_forward, run_changed
 from lorakit.layouts import filled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable
 
     from lorakit.layers.chosen import Chosen
     from lorakit.variants import Held
@@ -64,21 +65,16 @@ class Embedding(LoraLayer):
         if not route:
             return y
         if by_sample is not None:
-            return self._mixed(by_sample, route, y, x, partial(self._base_again, args, kwargs))
+            return self._mixed(by_sample, route, y, x, calling(self.base_layer, args, kwargs))
         dtype = y.dtype
         if self.token_adapter is not None:
             y = self.token_adapter.in_embedding(y, x, route, self._base, self._scale)
         plain, varied = parted(self, route)
         if varied:
-            y = add_variants(self, varied, y, x, partial(self._base_again, args, kwargs), self._add)
+            y = add_variants(self, varied, y, x, calling(self.base_layer, args, kwargs), self._add)
         for name in plain:
             y = self._add_plain(name, y, x)
         return y.to(dtype)
-
-    def _base_again(self, args: Sequence[Any], kwargs: Mapping[str, Any], x: Tensor) -> Tensor:
-        """The base's output for other ids, with the further arguments of the running call."""
-        found: Tensor = self.base_layer(x, *args, **kwargs)
-        return found
 
     def _add_plain(self, name: str, y: Tensor, x: Tensor) -> Tensor:
         """Y, given away, with what a plain adapter adds."""
@@ -109,7 +105,7 @@ class Embedding(LoraLayer):
             )
         names, apart = parted_by_sample(self, present)
         if apart:
-            y = add_by_sample(chosen, apart, y, x, partial(self._add_one, again))
+            y = add_by_sample(chosen, apart, y, x, one_apart(self, again, self._add, self._add_plain))
         if not names:
             return y
         ids = chosen.groups(names, x.shape[0], x.device).ids
@@ -124,12 +120,6 @@ class Embedding(LoraLayer):
         scaling = scaling_by_sample(self, names, ids, y)
         h = self._look_up_mixed(places, table) * scaling.view(-1, 1, 1) * self._scale
         return y + torch.bmm(h.to(y.dtype), B.mT).view(y.shape).to(y.dtype)
-
-    def _add_one(self, base: Callable[[Tensor], Tensor], name: str, y: Tensor, x: Tensor) -> Tensor:
-        """Y, given away, with what one adapter adds that has a variant or an offset."""
-        if name in self.variants:
-            return add_variants(self, [name], y, x, base, self._add)
-        return self._add_plain(name, y, x)
 
     def _look_up(self, ids: Tensor, table: Tensor) -> Tensor:
         """Rows of A transposed, with the base's way of counting gradients."""

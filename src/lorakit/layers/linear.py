@@ -13,14 +13,22 @@ from lorakit.layers.factors import acting_rate, bare, let_go, plain_linear
 from lorakit.layers.hooks import is_observed, may_keep_output
 from lorakit.layers.mixing import BankKeeper, rows_by_sample
 from lorakit.layers.together import read_together
-from lorakit.layers.varied import add_by_sample, add_variants, call_of, offset_of, parted, parted_by_sample
+from lorakit.layers.varied import (
+    add_by_sample,
+    add_variants,
+    call_of,
+    offset_of,
+    one_apart,
+    parted,
+    parted_by_sample,
+)
 from lorakit.layers.whole import acting_on_all, changed_stand_in
 from lorakit.ops import Term, lora_add, lora_grouped, lora_linear
 from lorakit.ops.fused import is_frozen_base
 from lorakit.weights.dense import conv1d_class
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from lorakit.layers.chosen import Chosen
     from lorakit.layers.together import Group
@@ -41,8 +49,7 @@ class Linear(LoraLayer):
         group: the layers that are expected to read the same input as this one, or None.
     """
 
-    group: Group | None = None
-
+    group: Group | None
     is_read: bool
     _fused_type: type[nn.Module] | None
     _fresh_type: type[nn.Module] | None
@@ -59,6 +66,7 @@ class Linear(LoraLayer):
             _fresh_type=kind if codec.gives_fresh(base_layer) else None,
             _banks=BankKeeper(),
             is_read=False,
+            group=None,
         )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -102,7 +110,7 @@ class Linear(LoraLayer):
         factors, apart = parted_by_sample(self, present)
         if apart:
             again = partial(self._base_and, (), args, kwargs)
-            y = add_by_sample(chosen, apart, y, x, partial(self._add_one, again))
+            y = add_by_sample(chosen, apart, y, x, one_apart(self, again, self._add, self._add_plain))
         if not factors:
             return y
         groups = chosen.groups(factors, x.shape[0], x.device)
@@ -155,10 +163,8 @@ class Linear(LoraLayer):
         again = partial(self._base_and, (), args, kwargs)
         return finish(y, call_of(self, name, y, x, again, self._add))
 
-    def _add_one(self, base: Callable[[Tensor], Tensor], name: str, y: Tensor, x: Tensor) -> Tensor:
-        """Y, given away, with what one adapter adds that has a variant or an offset."""
-        if name in self.variants:
-            return add_variants(self, [name], y, x, base, self._add)
+    def _add_plain(self, name: str, y: Tensor, x: Tensor) -> Tensor:
+        """Y, given away, with what one plain adapter adds."""
         terms = self._terms([name])
         return self._add_by_modules(name, y, x) if terms is None else lora_add(y, x, terms)
 

@@ -262,3 +262,35 @@ def add_by_sample(
         rows = (groups.ids == number).nonzero().squeeze(1)
         y = y.index_copy(0, rows, one(names[number], y[rows], x[rows]).to(y.dtype))
     return y
+
+
+def one_apart(
+    layer: HoldingLayer,
+    base: Callable[[Tensor], Tensor],
+    add: Callable[[Tensor, Tensor, Held], Tensor],
+    plain: Callable[[str, Tensor, Tensor], Tensor],
+) -> Callable[[str, Tensor, Tensor], Tensor]:
+    """What `add_by_sample` takes, for adapters that have a variant or an offset.
+
+    Args:
+        layer: that they are on.
+        base: as `add_variants` takes it.
+        add: as `add_variants` takes it.
+        plain: gives y with what an adapter without variant adds, for (name, y, x).
+    """
+
+    def one(name: str, y: Tensor, x: Tensor) -> Tensor:
+        varied = name in layer.variants
+        return add_variants(layer, [name], y, x, base, add) if varied else plain(name, y, x)
+
+    return one
+
+
+def calling(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[Tensor], Tensor]:
+    """A module as a function of its input alone, with the further arguments of the running call."""
+
+    def call(x: Tensor) -> Tensor:
+        found: Tensor = module(x, *args, **kwargs)
+        return found
+
+    return call
