@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lorakit.cli.output import console_for, escaped, print_json, progress
+from lorakit.cli.output import AsJson, Output, console_for, escaped, print_json, progress
 from lorakit.cli.rows import Rows, first_of, table_of
 from lorakit.combiners import METHODS
 from lorakit.tools import combine as library_combine
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def combine(
     adapters: Annotated[list[Path], typer.Argument(help="Folders of adapters for one base.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    output: Output,
     weight: Annotated[
         list[float] | None,
         typer.Option("--weight", "-w", help="Factor on an adapter, once for each, in order; default 1."),
@@ -46,7 +46,7 @@ def combine(
     seed: Annotated[int | None, typer.Option(help="Of random pruning.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter in the output.")] = False,
     rows: Rows = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Combine adapters into a new one, without the model: the methods of add_weighted_adapter() and more.
 

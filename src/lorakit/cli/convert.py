@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from lorakit.checkpoint.converting.convert import convert as convert_files
-from lorakit.cli.output import console_for, escaped, print_json, progress
+from lorakit.cli.output import AsJson, console_for, escaped, print_json, progress
 
 if TYPE_CHECKING:
     from lorakit.checkpoint.converting.convert import Converted
@@ -32,7 +32,7 @@ def convert(
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Convert an adapter between the formats of PEFT, diffusers, kohya/ComfyUI, llama.cpp (GGUF), MLX and torchtune.
 

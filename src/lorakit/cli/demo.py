@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from lorakit.cli.output import console_for, escaped, print_json, progress
+from lorakit.cli.output import AsJson, console_for, escaped, print_json, progress
 from lorakit.demo.plot import plot_training
 from lorakit.demo.run import run_demo
 
@@ -22,7 +22,7 @@ def demo(
     ),
     seed: Annotated[int, typer.Option(help="Seed of the adapter and of the order of the texts.")] = 0,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training texts.")] = 2,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a LoRA classifier on the real MiniLM, then save, load, merge and unmerge it. Offline, in minutes.
 

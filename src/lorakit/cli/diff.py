@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorakit.checkpoint.comparing import diff as library_diff
-from lorakit.cli.output import console_for, escaped, print_json, progress
+from lorakit.cli.output import AsJson, console_for, escaped, print_json, progress
 from lorakit.cli.rows import Rows, first_of, table_of
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def diff(
         typer.Option(min=0.0, help="Exit with code 3 where anything differs by more than this, relatively."),
     ] = None,
     rows: Rows = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare what two adapters do to each weight, however their factors are written.
 

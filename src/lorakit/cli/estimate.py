@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from lorakit.cli.adapter_options import Alpha, Dora, Rank, Rslora, Targets, Task, Whole, config_of
-from lorakit.cli.output import console_for, escaped, print_json
+from lorakit.cli.output import AsJson, console_for, escaped, print_json
 from lorakit.estimating.estimate import estimate as library_estimate
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def estimate(
     quantization: Annotated[
         str | None, typer.Option(help="nf4, or nf4_double with quantised scales.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Tell what training an adapter will take: parameters, file size, memory by part. Loads no weights.
 

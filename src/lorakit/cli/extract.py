@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from lorakit.cli.output import console_for, escaped, print_json, progress
+from lorakit.cli.output import AsJson, Output, console_for, escaped, print_json, progress
 from lorakit.cli.rows import Rows, first_of, table_of
 from lorakit.extracting.extract import extract as library_extract
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def extract(
     base: Annotated[Path, typer.Argument(help="Folder of the checkpoint that the adapter is for.")],
     tuned: Annotated[Path, typer.Argument(help="Folder of the fine-tuned checkpoint.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    output: Output,
     rank: Annotated[
         int | None,
         typer.Option("--rank", "-r", min=1, help="Rank of every weight; with --energy the largest."),
@@ -51,7 +51,7 @@ def extract(
     dtype: Annotated[str, typer.Option(help="Of the factors: float32, bfloat16 or float16.")] = "float32",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter in the output.")] = False,
     rows: Rows = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write the adapter that turns a base into a full fine-tune of it, as well as factors of a rank can.
 

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from lorakit.checkpoint.merging.merge import merge_checkpoint
-from lorakit.cli.output import console_for, escaped, print_json, progress
+from lorakit.cli.output import AsJson, Output, console_for, escaped, print_json, progress
 
 if TYPE_CHECKING:
     from lorakit.checkpoint.merging.merge import CheckpointMerge
@@ -20,7 +20,7 @@ def merge(
         Path, typer.Argument(help="Folder of the base: model.safetensors, or shards and an index.")
     ],
     adapters: Annotated[list[str], typer.Argument(help="Folders of adapters, or repositories of the hub.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    output: Output,
     weight: Annotated[
         list[float] | None,
         typer.Option("--weight", "-w", help="Factor on an adapter, once for each, in order."),
@@ -40,7 +40,7 @@ def merge(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the checkpoint in the output.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Merge adapters into a safetensors checkpoint and write a new one, without building the model.
 

@@ -1,10 +1,11 @@
-"""What every verb shows alike: progress, and its result as JSON."""
+"""What every verb has alike: options, progress, and its result as JSON."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
     Report = Callable[[str, int, int], None]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+"""Every verb has it."""
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+"""Of verbs that write a folder."""
 
 
 def console_for(*, as_json: bool) -> Console:

@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 from lorakit.checkpoint.resizing import resize as library_resize
-from lorakit.cli.output import console_for, escaped, print_json, progress
+from lorakit.cli.output import AsJson, Output, console_for, escaped, print_json, progress
 from lorakit.cli.rows import Rows, first_of, table_of
 
 
 def resize(
     adapter: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    output: Output,
     rank: Annotated[
         int | None,
         typer.Option("--rank", "-r", min=1, help="Rank of every weight; with --energy the largest."),
@@ -25,7 +25,7 @@ def resize(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter in the output.")] = False,
     rows: Rows = 20,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write an adapter of another rank: the best one there is, weight by weight.
 

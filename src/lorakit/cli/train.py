@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from lorakit.cli.output import console_for, escaped, print_json, progress
+from lorakit.cli.output import AsJson, console_for, escaped, print_json, progress
 from lorakit.cli.setting_options import with_settings
 from lorakit.demo.model import model_folder
 from lorakit.demo.task import build_task
@@ -40,7 +40,7 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run in the output.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: AsJson = False,
     **given: Any,
 ) -> None:
     """Train an adapter on a JSONL file, on transformers' Trainer. Without model and data: the demo's, offline.
