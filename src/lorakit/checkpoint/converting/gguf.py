@@ -154,13 +154,10 @@ def write(adapter: Adapter, target: Path, context: Context) -> None:
     base = required(context.base, "llama.cpp's names and the order of rows depend on the base")
     architecture = _architecture(base)
     names = architecture.names()
-    unknown = [path for path in part.pieces if names.name(path) is None]
-    if unknown:
-        raise refuse_unknown(
-            f"{adapter.where}: modules that an adapter of llama.cpp's {architecture.name!r} cannot have",
-            unknown,
-            names.paths_like(unknown[0]),
-        )
+    names.require(
+        part.pieces,
+        f"{adapter.where}: modules that an adapter of llama.cpp's {architecture.name!r} cannot have",
+    )
     alpha = most_common(piece.alpha for piece in part.pieces.values())
     folded = with_alpha(part.pieces, alpha)
     tensors: dict[str, Tensor] = {}

@@ -18,10 +18,9 @@ from lorakit.checkpoint.converting.neutral import (
     Adapter,
     Part,
     alpha_of,
+    at_one_scaling,
     config_of,
-    most_common,
     plain_piece,
-    with_scaling,
 )
 from lorakit.checkpoint.converting.output import bytes_file, safetensors_file, write_folder
 from lorakit.checkpoint.files import CONFIG_NAME, present
@@ -95,19 +94,10 @@ def write(adapter: Adapter, target: Path, context: Context) -> None:
         OSError: the disk refused.
     """
     (part,) = adapter.parts
-    unknown = [path for path in part.pieces if NAMES.name(path) is None]
-    if unknown:
-        raise refuse_unknown(
-            f"{adapter.where}: modules that mlx-lm is not known to call so",
-            unknown,
-            NAMES.paths_like(unknown[0]),
-        )
-    rank = max(piece.factors.rank for piece in part.pieces.values())
-    scale = most_common(piece.factors.scaling for piece in part.pieces.values())
-    folded = with_scaling(part.pieces, scale, rank)
-    context.notes += [folded.note] if folded.note else []
+    NAMES.require(part.pieces, f"{adapter.where}: modules that mlx-lm is not known to call so")
+    rank, scale, pieces = at_one_scaling(part, context)
     tensors: dict[str, Tensor] = {}
-    for path, piece in folded.pieces.items():
+    for path, piece in pieces.items():
         with at_path(path):
             _check_outer(path, context)
         tensors.update({f"{path}.{leaf}": tensor for leaf, tensor in _stored(piece).items()})

@@ -41,6 +41,16 @@ class NameTable:
         """The known paths, with the numbers of a path that is not known."""
         return _numbered(self._there, path)
 
+    def require(self, paths: Iterable[str], head: str) -> None:
+        """Refuse modules that the format has no name for.
+
+        Raises:
+            AdapterFormatError: `head`, and those that it has none for.
+        """
+        unknown = [path for path in paths if self.name(path) is None]
+        if unknown:
+            raise refuse_unknown(head, unknown, self.paths_like(unknown[0]))
+
     def names_like(self, name: str) -> list[str]:
         """The known names, with the numbers of a name that is not known."""
         return _numbered(self._back, name)

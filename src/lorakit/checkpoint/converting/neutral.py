@@ -174,12 +174,26 @@ def with_alpha(pieces: Mapping[str, Piece], alpha: float) -> Folded:
     return _folded(pieces, {path: piece.alpha / alpha for path, piece in pieces.items()}, "alpha")
 
 
-def with_scaling(pieces: Mapping[str, Piece], scaling: float, r: int) -> Folded:
-    """The pieces with the same rank, lesser ones filled with zeros, and the same scaling."""
+class Even(NamedTuple):
+    """Pieces of one rank and one scaling."""
+
+    rank: int
+    scaling: float
+    pieces: dict[str, Piece]
+
+
+def at_one_scaling(part: Part, context: Context) -> Even:
+    """The pieces of a part with the largest rank, lesser ones filled with zeros, and the scaling that most have.
+
+    A note in `context` says what was rounded for it.
+    """
+    pieces = part.pieces
+    rank = max(piece.factors.rank for piece in pieces.values())
+    scaling = most_common(piece.factors.scaling for piece in pieces.values())
     ratios = {path: piece.factors.scaling / scaling for path, piece in pieces.items()}
     folded = _folded(pieces, ratios, "scaling")
-    padded = {path: _padded(piece, r) for path, piece in folded.pieces.items()}
-    return Folded(padded, folded.note)
+    context.notes += [folded.note] if folded.note else []
+    return Even(rank, scaling, {path: _padded(piece, rank) for path, piece in folded.pieces.items()})
 
 
 def _folded(pieces: Mapping[str, Piece], ratios: Mapping[str, float], what: str) -> Folded:

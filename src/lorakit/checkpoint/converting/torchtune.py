@@ -25,11 +25,10 @@ from lorakit.checkpoint.converting.neutral import (
     Adapter,
     Part,
     alpha_of,
+    at_one_scaling,
     config_of,
-    most_common,
     plain_piece,
     whole,
-    with_scaling,
 )
 from lorakit.checkpoint.converting.output import bytes_file, write_folder
 from lorakit.checkpoint.converting.rotary import halves, neighbours
@@ -119,19 +118,10 @@ def write(adapter: Adapter, target: Path, context: Context) -> None:
     """
     (part,) = adapter.parts
     base, family = _base(context, "torchtune's order of rows depends on the base")
-    unknown = [path for path in part.pieces if NAMES.name(path) is None]
-    if unknown:
-        raise refuse_unknown(
-            f"{adapter.where}: modules that torchtune has no adapters for",
-            unknown,
-            NAMES.paths_like(unknown[0]),
-        )
-    rank = max(piece.factors.rank for piece in part.pieces.values())
-    scaling = most_common(piece.factors.scaling for piece in part.pieces.values())
-    folded = with_scaling(part.pieces, scaling, rank)
-    context.notes += [folded.note] if folded.note else []
+    NAMES.require(part.pieces, f"{adapter.where}: modules that torchtune has no adapters for")
+    rank, scaling, pieces = at_one_scaling(part, context)
     tensors: dict[str, Tensor] = {}
-    for path, piece in folded.pieces.items():
+    for path, piece in pieces.items():
         with at_path(path):
             own = _stored(path, piece, family, base)
         tensors.update({f"{NAMES.name(path)}.{ending}": tensor for ending, tensor in own.items()})
