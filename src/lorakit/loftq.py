@@ -198,7 +198,7 @@ def _originals(
     prefix = getattr(registry.model, "base_model_prefix", "")
     names, missing, wrong, turned = {}, [], [], set()
     for path, layer in layers.items():
-        wanted = f"{path}.{layer.codec.names[0]}"
+        wanted = f"{path}.weight"  # whatever the quantised layer calls its own (HQQ: W_q)
         name = next((name for name in _spellings(wanted, prefix) if name in known), None)
         if name is None:
             missing.append(wanted)

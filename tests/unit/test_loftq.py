@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -23,6 +24,7 @@ from lorakit.errors import (
 )
 from lorakit.loftq import replace_lora_weights_loftq
 from models import bits, ids, tiny_llama
+from quantised import BY_NAME
 
 bnb = pytest.importorskip("bitsandbytes")
 LAYERS = ("layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down")
@@ -58,15 +60,8 @@ def quantised(kind="nf4"):
     originals = {name: weight.detach().clone() for name, weight in model.state_dict().items()}
     for block in model.layers:
         for name in ("up", "down"):
-            old = getattr(block, name)
-            if kind == "int8":
-                new = bnb.nn.Linear8bitLt(
-                    *old.weight.shape[::-1], bias=old.bias is not None, has_fp16_weights=False
-                )
-            else:
-                new = bnb.nn.Linear4bit(*old.weight.shape[::-1], bias=old.bias is not None, quant_type=kind)
-            new.load_state_dict(old.state_dict())
-            setattr(block, name, new.to("cpu"))
+            plain = copy.deepcopy(getattr(block, name)).requires_grad_(False)
+            setattr(block, name, BY_NAME[kind].quantised(plain))
     return model, originals
 
 
@@ -89,7 +84,7 @@ def dequantised(layer):
     return layer.read_weight(torch.float64)
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "hqq-4"])
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_the_best_fit_of_what_was_lost(kind, use_rslora, capsys):
     peft, originals = adapted(kind, use_rslora=use_rslora)
