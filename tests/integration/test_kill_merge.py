@@ -66,16 +66,34 @@ def seconds_of_a_run(root):
     return time.perf_counter() - start
 
 
+def steps_of_a_run(root):
+    steps = []
+    run(root, progress=lambda *step: steps.append(step))
+    shutil.rmtree(root / "out")
+    return len(steps)
+
+
+def killed_after(root, steps, delay):
+    """A merge that is killed so many seconds after it told of its n-th step, or after it has ended."""
+    told, tell = os.pipe()
+    child = forked(lambda: run(root, progress=lambda *_: os.write(tell, b".")).files and 0)
+    os.close(tell)
+    for _ in range(steps):
+        os.read(told, 1)  # at once and empty when the child has ended
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    ended(child)
+    os.close(told)
+
+
 @pytest.mark.slow
 def test_a_merge_killed_at_any_moment_is_gone_on_with(root):
-    draw, longest = random.Random(1), seconds_of_a_run(root)
+    # by steps and not by the clock alone: on a busy machine a child may not have begun yet, or have ended long ago
+    draw, longest, steps = random.Random(1), seconds_of_a_run(root), steps_of_a_run(root)
     wanted = read_bytes(root / "adapter-out")
     resumed = []
     for _ in range(KILLS):
-        child = forked(lambda: run(root).files and 0)
-        time.sleep(draw.uniform(0, longest))
-        os.kill(child, signal.SIGKILL)
-        ended(child)
+        killed_after(root, draw.randrange(steps + 1), draw.uniform(0, longest / steps))
         if (root / "out").exists():  # it had appeared, so it is whole
             assert read_bytes(root / "out") == wanted
         else:
