@@ -5,6 +5,7 @@ MiniLM: Wang et al., 2020, arXiv:2002.10957; 22 M parameters, loaded from site-p
 
 from __future__ import annotations
 
+import logging
 import random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -66,10 +67,11 @@ def model_folder() -> Path:
 
 def load_classifier(labels: int) -> Classifier:
     """A fresh pretrained encoder with an untrained head, fp32, in eval mode."""
+    _hush()
     from transformers import AutoModel
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()  # a bar of its own for half a second would tear ours
+    disable_progress_bar()  # a bar of its own for half a second would tear ours
     encoder = AutoModel.from_pretrained(model_folder(), local_files_only=True)
     encoder.pooler = None  # the mean over the tokens takes its place
     return Classifier(encoder, encoder.config.hidden_size, labels).eval()
@@ -77,9 +79,16 @@ def load_classifier(labels: int) -> Classifier:
 
 def load_tokenizer() -> Any:
     """The model's own tokenizer."""
+    _hush()
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model_folder(), local_files_only=True)
+
+
+def _hush() -> None:
+    """Keep torchao, which transformers imports where it is there, from telling which of its GPU kernels do not load."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
