@@ -63,7 +63,6 @@ def test_what_a_person_sees(root):
     result = run(root / "base", root / "adapter", "-o", root / "out", "--verify")
     assert result.exit_code == 0, result.output
     for text in (
-        "merging (MB)",
         "files of weights",
         "tensors merged",
         "4",

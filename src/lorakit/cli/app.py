@@ -6,7 +6,6 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 
 from lorakit.cli.combine import combine
 from lorakit.cli.convert import convert
@@ -18,8 +17,8 @@ from lorakit.cli.extract import extract
 from lorakit.cli.inspect import inspect
 from lorakit.cli.merge import merge
 from lorakit.cli.resize import resize
+from lorakit.cli.telling import told
 from lorakit.cli.train import train
-from lorakit.errors import AdapterError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,15 +32,12 @@ def _root() -> None:
 
 
 def _verb(run: Callable[..., None]) -> Callable[..., None]:
-    """The verb, with lorakit's own errors and the disk's told in one message."""
+    """The verb, with errors and warnings told as a person reads them."""
 
     @wraps(run)
     def guarded(*args: Any, **kwargs: Any) -> None:
-        try:
+        with told():
             run(*args, **kwargs)
-        except (AdapterError, OSError) as error:
-            Console(stderr=True).print(f"lorakit: {error}", style="red", markup=False, highlight=False)
-            raise typer.Exit(1) from error
 
     return guarded
 

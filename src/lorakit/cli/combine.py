@@ -54,7 +54,7 @@ def combine(
 
     Pruned by sign: lorakit combine a b c -o merged --method ties_svd --density 0.3
     """
-    with progress(console_for(as_json=True)) as show:
+    with progress(as_json=as_json) as show:
         result = library_combine(
             adapters,
             weight or [1.0] * len(adapters),

@@ -42,7 +42,7 @@ def convert(
 
     One model's part of a Stable Diffusion LoRA: lorakit convert style.safetensors -o unet-lora --to peft --component unet
     """
-    with progress(console_for(as_json=True)) as show:
+    with progress(as_json=as_json) as show:
         result = convert_files(
             source,
             output,

@@ -30,7 +30,7 @@ def demo(
     """
     console = console_for(as_json=as_json)
     console.print("A line of Python with one operator removed: which kind of comparison was it?")
-    with progress(console) as show:
+    with progress(as_json=as_json) as show:
         result = run_demo(output, seed=seed, epochs=epochs, progress=show)
     picture = output / "training.png"
     plot_training(result, picture)

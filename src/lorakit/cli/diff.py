@@ -45,7 +45,7 @@ def diff(
 
     In a script: lorakit diff expected found --fail-over 1e-3 --json
     """
-    with progress(console_for(as_json=True)) as show:
+    with progress(as_json=as_json) as show:
         result = library_diff(a, b, progress=show)
     if as_json:
         print_json(result)

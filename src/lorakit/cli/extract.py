@@ -62,7 +62,7 @@ def extract(
 
     With embeddings, head and norms: lorakit extract base tuned -o adapter -e 0.95 -s embed_tokens -s lm_head -s norm
     """
-    with progress(console_for(as_json=True)) as show:
+    with progress(as_json=as_json) as show:
         result = library_extract(
             base,
             tuned,

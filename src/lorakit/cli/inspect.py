@@ -44,7 +44,7 @@ def inspect(
 
     Example: lorakit inspect my-adapter --html report.html
     """
-    with progress(console_for(as_json=True)) as show:
+    with progress(as_json=as_json) as show:
         report = inspect_adapter(adapter, progress=show)
     written = [write_report(report, path, overwrite=overwrite) for path in (html, png) if path is not None]
     if as_json:

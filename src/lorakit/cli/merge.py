@@ -51,8 +51,7 @@ def merge(
 
     Two adapters, the second at half its strength: lorakit merge base style facts -o merged -w 1 -w 0.5
     """
-    console = console_for(as_json=as_json)
-    with progress(console) as show:
+    with progress(as_json=as_json) as show:
         result = merge_checkpoint(
             base,
             adapters,
@@ -68,6 +67,7 @@ def merge(
     if as_json:
         print_json(result)
         return
+    console = console_for(as_json=False)
     console.print(_table(result))
     for note in result.notes:
         console.print(f"note: {escaped(note)}")

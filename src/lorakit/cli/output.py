@@ -32,10 +32,14 @@ def console_for(*, as_json: bool) -> Console:
 
 
 @contextmanager
-def progress(console: Console) -> Iterator[Report]:
-    """A bar for each thing that is reported as (what, how many steps are done, of how many)."""
+def progress(*, as_json: bool) -> Iterator[Report]:
+    """A bar for each thing that is reported as (what, how many steps are done, of how many).
+
+    On stderr, where that is a terminal; none beside JSON.
+    """
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, disable=as_json or not console.is_terminal) as bar:
         rows: dict[str, TaskID] = {}
 
         def show(what: str, done: int, total: int) -> None:

@@ -35,7 +35,7 @@ def resize(
 
     To one rank for all weights: lorakit resize my-adapter -o smaller --rank 8
     """
-    with progress(console_for(as_json=True)) as show:
+    with progress(as_json=as_json) as show:
         result = library_resize(adapter, output, rank=rank, energy=energy, overwrite=overwrite, progress=show)
     if as_json:
         print_json(result)

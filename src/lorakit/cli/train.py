@@ -62,7 +62,7 @@ def train(
     missing = [f"--{name}" for name in ("model", "output", "data") if name not in chosen and demo is None]
     if missing:
         raise typer.BadParameter(f"wanted {' and '.join(missing)}, here or in the file of settings")
-    with _shown(console) if is_first else _silent() as show:
+    with _shown(as_json=as_json) if is_first else _silent() as show:
         result = library_train(
             TrainConfig(**chosen),
             rows=None if demo is None else _rows(demo, demo.train),
@@ -92,13 +92,13 @@ def _rows(task: Task, split: Split) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _shown(console: Console) -> Iterator[Report]:
+def _shown(*, as_json: bool) -> Iterator[Report]:
     """Our bars, none of transformers', and not its report that a classifier's head is new."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    with progress(console) as show:
+    with progress(as_json=as_json) as show:
         yield show
 
 
