@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import peft
@@ -24,6 +24,7 @@ from lorakit import LoftQConfig
 from lorakit.init import initialise
 from lorakit.layouts import matrix_layout
 from lorakit.specs import AdapterSpec
+from lorakit.weights import find_codec
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,7 +87,17 @@ def decaying(size: int) -> Tensor:
     return (left * torch.arange(1, size + 1) ** -0.5) @ right.mT
 
 
+@cache
+def holding(W: Tensor) -> nn.Linear:
+    """A layer with this very weight."""
+    with torch.device("meta"):
+        layer = nn.Linear(*W.shape[::-1], bias=False)
+    layer.weight = nn.Parameter(W, requires_grad=False)
+    return layer
+
+
 def begin(W: Tensor, scheme: str, options: object = None) -> InitResult:
+    base = holding(W)
     spec = AdapterSpec(
         path="layer",
         kind="linear",
@@ -101,7 +112,7 @@ def begin(W: Tensor, scheme: str, options: object = None) -> InitResult:
         dtype=torch.float32,
         device=W.device,
     )
-    (result,) = initialise(spec, lambda dtype: W.to(dtype, copy=True))
+    (result,) = initialise(spec, partial(find_codec(base).peek, base))
     return result
 
 

@@ -219,6 +219,19 @@ def test_read_is_fresh_and_right(case, read_as):
 
 
 @each
+@pytest.mark.parametrize("read_as", DTYPES, ids=str)
+def test_peek_is_what_read_gives_and_copies_no_more_than_it_must(case, read_as):
+    base = case.make()
+    codec = codec_of(case.row, base)
+    found = codec.peek(base, read_as)
+    assert found.dtype == read_as
+    assert not found.requires_grad
+    assert torch.equal(found, codec.read(base, read_as))
+    own = weight_of(case, base).untyped_storage().data_ptr()
+    assert (found.untyped_storage().data_ptr() == own) == (read_as == case.dtype)
+
+
+@each
 def test_encode_then_swap_gives_what_was_encoded(case):
     base = case.make()
     codec = codec_of(case.row, base)

@@ -184,6 +184,14 @@ def test_a_new_adapter_acts_as_the_base(variant, row):
 
 
 @pairs()
+def test_the_weight_is_only_read(variant, row):
+    base = base_of(row)
+    before = Snapshot(base)
+    model = get_peft_model(base, config_of(variant))
+    before.assert_same(model.unload())
+
+
+@pairs()
 def test_it_has_an_effect_and_only_while_it_is_active(variant, row):
     model, x = model_of(variant, row), data(row)
     wanted = outputs(base_of(row), x)

@@ -146,7 +146,7 @@ class Target(NamedTuple):
         spec: its row of the plan.
         base: the module that holds the weight; what was gathered is kept on it.
         called: the module that the model calls: `base`, or the layer that wraps it.
-        read: gives the unmerged weight, (out, in).
+        read: gives the unmerged weight, (out, in), which is not to be written into.
     """
 
     spec: AdapterSpec
@@ -189,7 +189,7 @@ def linear_targets(model: nn.Module, config: LoraConfig) -> dict[str, Target]:
             )
         else:
             layer = node.layer
-            read = partial(codec.read, node.module) if layer is None else layer.read_weight
+            read = partial(codec.peek, node.module) if layer is None else layer.peek_weight
             found[spec.path] = Target(spec, node.module, node.module if layer is None else layer, read)
     if problems:
         raise UnsupportedError(bullet_list(f"init_lora_weights={config.init_lora_weights!r}", problems))

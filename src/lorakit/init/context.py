@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from lorakit.errors import NonFiniteError
+from lorakit.ops import is_finite
 from lorakit.types import Factors
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class InitContext:
     Attributes:
         spec: kind, rank, scaling, dtype and device of the adapter on this weight, and the scheme's options.
         read_weight: gives the block's base weight, (out, in), in the dtype asked for; costs nothing unless called.
-            Blocks share what it gives: it is not to be written into.
+            Not to be written into: blocks share it, and it may be the base's own memory.
         block: which of the weight's blocks it is.
     """
 
@@ -80,8 +81,7 @@ def narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
 def check_finite(what: str, *tensors: Tensor) -> None:
     """Raise `NonFiniteError` unless all the numbers are finite; tensors on meta have none."""
     for tensor in tensors:
-        # the extremes are NaN if any entry is, so no mask as large as the tensor is made
-        if not tensor.is_meta and not all(math.isfinite(float(end)) for end in torch.aminmax(tensor)):
+        if not tensor.is_meta and not is_finite(tensor):
             raise NonFiniteError(f"{what}: NaN or infinity")
 
 

@@ -105,7 +105,7 @@ def initialise(spec: AdapterSpec, read: Callable[[torch.dtype], Tensor]) -> tupl
 
     Args:
         spec: what is planned for the weight.
-        read: gives the weight as `WeightCodec.read` does; called only by schemes that look at it.
+        read: gives the weight as `WeightCodec.peek` does; called only by schemes that look at it.
 
     Raises:
         NonFiniteError: a scheme that looks at the weight found NaN or infinity, or would begin with it.

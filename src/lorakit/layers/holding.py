@@ -324,6 +324,10 @@ class HoldingLayer(MergingLayer):
         """The unmerged base weight as a fresh tensor, (out, in), of experts (experts, out, in)."""
         return self.codec.read(self.stored_base(), dtype, self._original_state())
 
+    def peek_weight(self, dtype: torch.dtype) -> Tensor:
+        """As `read_weight`, but not to be written into: it may be the base's own memory."""
+        return self.codec.peek(self.stored_base(), dtype, self._original_state())
+
     def replace_base(self, weight: Tensor) -> WeightState:
         """Let the base hold another weight, (out, in), from now on; gives what it held, for `restore_base`."""
         assert not self.merged_adapters, "the planner refuses to change a merged base"

@@ -176,16 +176,16 @@ def _offset(spec: AdapterSpec, read: Callable[[torch.dtype], Tensor]) -> tuple[F
 
 
 def _reader(plan: Plan, spec: AdapterSpec) -> Callable[[torch.dtype], Tensor]:
-    """Reads the unmerged base weight."""
+    """Gives the unmerged base weight, which is not to be written into."""
     is_parameter = spec.kind == "parameter"
     path, _, attribute = spec.path.rpartition(".")
     node = plan.description.nodes[path if is_parameter else spec.path]
     layer = _wrapper(node.wrappers, attribute) if is_parameter else node.layer
     if layer is not None:
-        return layer.read_weight
+        return layer.peek_weight
     codec = find_codec(node.module, attribute) if is_parameter else node.codec
     assert codec is not None, "the planner let a module through that no codec owns"
-    return partial(codec.read, node.module)
+    return partial(codec.peek, node.module)
 
 
 def _wrapper(wrappers: Sequence[ParamWrapper], attribute: str) -> LoraLayer | None:

@@ -60,7 +60,7 @@ class Start(NamedTuple):
     Attributes:
         spec: what was planned.
         A, B: the initialiser's, of the layout's shapes.
-        read_weight: gives the base weight as a fresh (out, in) tensor, of experts (experts, out, in).
+        read_weight: gives the base weight, (out, in), of experts (experts, out, in); not to be written into.
     """
 
     spec: AdapterSpec

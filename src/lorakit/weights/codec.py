@@ -29,6 +29,8 @@ class WeightState(NamedTuple):
     """Of a convolution, whose merged weight may need to be ungrouped; None elsewhere."""
     more: Any = None
     """What else a quantised base keeps of its weight, as its codec alone knows it."""
+    spent: bool = False
+    """Nobody needs it any more: what is made of it may lie where it lay."""
     error: float = 0.0
     """Of a merged state on a grid: what rounding to the grid took from the change, relative to the change."""
 
@@ -84,6 +86,9 @@ class WeightCodec(Protocol):
         holds now, or what it holds in another `state` of it.
         """
 
+    def peek(self, base: nn.Module, dtype: torch.dtype, state: WeightState | None = None) -> Tensor:
+        """As `read`, but not to be written into: where nothing need be computed it is the base's own memory."""
+
     def state(self, base: nn.Module) -> WeightState:
         """The parameters that `base` holds now, themselves, not copies."""
 
@@ -98,6 +103,8 @@ class WeightCodec(Protocol):
         rows: Tensor | None = None,
     ) -> WeightState:
         """`state` with the deltas of every adapter's blocks added, accumulated in fp32 and rounded once.
+
+        Of a `spent` state it may be the same parameter, with the sum written into it.
 
         `base` itself is only asked how it stores a weight. `rows`, (out,), multiplies each output's row of the former
         weight (not of the deltas, and no bias) first: adapters that rescale the weight (DoRA) need it.

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from lorakit.layouts import Layout, matrix_layout
-from lorakit.ops import merge_delta
+from lorakit.ops import merge_delta, merge_in_place
 from lorakit.weights.codec import WeightState
 from lorakit.weights.follow import follow
+from lorakit.weights.owned import is_owned_alone
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -80,9 +81,11 @@ class DenseCodec:
 
     def read(self, base: nn.Module, dtype: torch.dtype, state: WeightState | None = None) -> Tensor:
         """A fresh (out, in) copy."""
-        held = self._weight(base) if state is None else state.weight
-        weight = held.detach().flatten(start_dim=1)
-        return (weight.T if self.layout(base).transposed else weight).to(dtype, copy=True)
+        return self._matrix(base, state).to(dtype, copy=True)
+
+    def peek(self, base: nn.Module, dtype: torch.dtype, state: WeightState | None = None) -> Tensor:
+        """The array itself where it has this dtype."""
+        return self._matrix(base, state).to(dtype)
 
     def state(self, base: nn.Module) -> WeightState:
         """The weight, the bias, and a convolution's groups."""
@@ -107,7 +110,7 @@ class DenseCodec:
         layout = self.layout(base)
         if state.groups is not None:  # the base may hold an ungrouped weight now
             layout = Layout(layout.out, layout.row, groups=state.groups)
-        weight = add_blocks(layout, state.weight, adapters, rows)
+        weight = add_blocks(layout, state.weight, adapters, rows, spent=state.spent)
         bias = add_biases(state.bias, adapters)
         return WeightState(weight, bias, 1 if state.groups else None)
 
@@ -129,6 +132,12 @@ class DenseCodec:
             follow(state.bias, acting.bias)
         return state
 
+    def _matrix(self, base: nn.Module, state: WeightState | None) -> Tensor:
+        """What is held, (out, in)."""
+        held = self._weight(base) if state is None else state.weight
+        weight = held.detach().flatten(start_dim=1)
+        return weight.T if self.layout(base).transposed else weight
+
     @staticmethod
     def _weight(base: nn.Module) -> nn.Parameter:
         weight = base.weight
@@ -148,17 +157,28 @@ def add_blocks(
     weight: nn.Parameter,
     adapters: Sequence[Sequence[Factors]],
     rows: Tensor | None = None,
+    *,
+    spent: bool = False,
 ) -> nn.Parameter:
     """A new parameter of `weight` plus every adapter's delta, each block in its own part of the weight.
 
-    `rows` (out,), where given, multiplies the rows of `weight` first.
+    `rows` (out,), where given, multiplies the rows of `weight` first. A `spent` weight itself is written into and
+    returned, if it lies in order in memory that is its own.
     """
+    # the outputs of each block; experts share theirs
+    each = [rows] * layout.blocks if rows is None or layout.experts else list(rows.chunk(layout.blocks))
+    if spent and layout.groups == 1 and weight.is_contiguous() and is_owned_alone(weight):
+        own = weight.detach()
+        parts = [
+            (part, blocks, gain)
+            for part, gain, *blocks in zip(layout.regions(own), each, *adapters, strict=True)
+        ]
+        merge_in_place(own, parts, transposed=layout.transposed)
+        return weight
     dense = layout.make_dense(weight.detach())
     flat = dense.contiguous()
     new = torch.empty_like(flat)
     regions = layout.regions(flat), layout.regions(new)
-    # the outputs of each block; experts share theirs
-    each = [rows] * layout.blocks if rows is None or layout.experts else list(rows.chunk(layout.blocks))
     for source, target, own, *blocks in zip(*regions, each, *adapters, strict=True):
         merge_delta(source, blocks, transposed=layout.transposed, out=target, rows=own)
     if flat is not dense:  # channels_last, or a transposed view: the strides stay what they were

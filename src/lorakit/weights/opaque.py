@@ -123,6 +123,8 @@ class OpaqueCodec:
         """
         _refuse(base)
 
+    peek = read
+
     def state(self, base: nn.Module) -> WeightState:
         """One of its tensors, to tell where it is, and the bias."""
         first = next(_tensors(base), None)

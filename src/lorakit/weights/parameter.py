@@ -73,8 +73,11 @@ class ParameterCodec:
 
     def read(self, base: nn.Module, dtype: torch.dtype, state: WeightState | None = None) -> Tensor:
         """A fresh copy, (out, in) or (experts, out, in)."""
-        weight = (self._weight(base) if state is None else state.weight).detach()
-        return (weight.mT if self.layout(base).transposed else weight).to(dtype, copy=True)
+        return self._matrices(base, state).to(dtype, copy=True)
+
+    def peek(self, base: nn.Module, dtype: torch.dtype, state: WeightState | None = None) -> Tensor:
+        """The parameter's own memory where it has this dtype."""
+        return self._matrices(base, state).to(dtype)
 
     def state(self, base: nn.Module) -> WeightState:
         """The parameter."""
@@ -94,7 +97,7 @@ class ParameterCodec:
         rows: Tensor | None = None,
     ) -> WeightState:
         """W + sum of the deltas, expert by expert."""
-        return WeightState(add_blocks(self.layout(base), state.weight, adapters, rows))
+        return WeightState(add_blocks(self.layout(base), state.weight, adapters, rows, spent=state.spent))
 
     def swap(self, base: nn.Module, state: WeightState) -> WeightState:
         """Exchange the parameter objects."""
@@ -106,6 +109,11 @@ class ParameterCodec:
         """The same parameter, on the device and in the dtype of the one in its place."""
         follow(state.weight, self._weight(base))
         return state
+
+    def _matrices(self, base: nn.Module, state: WeightState | None) -> Tensor:
+        """What is held, (out, in) or (experts, out, in)."""
+        weight = (self._weight(base) if state is None else state.weight).detach()
+        return weight.mT if self.layout(base).transposed else weight
 
     def _weight(self, base: nn.Module) -> nn.Parameter:
         weight = base._parameters[self.attribute]

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lorakit.layouts import Layout, matrix_layout
+from lorakit.ops import is_finite
 from lorakit.weights.codec import WeightState
 from lorakit.weights.dense import add_biases, add_blocks
 
@@ -110,6 +111,10 @@ class QuantisedCodec(ABC):
         stored = self.held(base) if state is None else Stored(state.weight, state.more)
         return self.dequantised(stored).to(dtype)
 
+    def peek(self, base: nn.Module, dtype: torch.dtype, state: WeightState | None = None) -> Tensor:
+        """The same: the numbers are nowhere else."""
+        return self.read(base, dtype, state)
+
     def state(self, base: nn.Module) -> WeightState:
         """What is held, and the bias, which need not be a parameter."""
         weight, more = self.held(base)
@@ -143,7 +148,7 @@ class QuantisedCodec(ABC):
             bias = _like(bias, add_biases(nn.Parameter(bias.to(self.bias_dtype(bias))), adapters))
         if change == 0.0:
             return state._replace(bias=bias, error=0.0)
-        if not bool(wanted.isfinite().all()):
+        if not is_finite(wanted):
             return state._replace(error=float("nan"))
         weight, more = self.quantised(base, wanted)
         error = (self.dequantised(Stored(weight, more)) - wanted).norm().item() / change

@@ -10,7 +10,7 @@ import torch
 from lorakit.errors import NonFiniteError
 from lorakit.init import initialise
 from lorakit.init.corda import oriented_parts
-from models import spec_of
+from models import bits, spec_of
 
 
 def weight_and_covariance(out, inner, seed=0):
@@ -42,6 +42,14 @@ def test_the_part_is_what_the_paper_says(method, out, inner):
     parts = oriented_parts(W, C, 6, method)
     assert (parts.U.shape, parts.S.shape, parts.V.shape) == ((out, 6), (6,), (inner, 6))
     assert float((delta_of(parts) - wanted).norm() / wanted.norm()) < (2e-3 if method == "ipm" else 2e-2)
+
+
+@pytest.mark.parametrize("method", ["ipm", "kpm"])
+def test_the_weight_is_only_read(method):
+    W, C = weight_and_covariance(40, 16)
+    before = bits(W)
+    oriented_parts(W, C, 6, method)
+    assert bits(W) == before
 
 
 def test_a_covariance_of_few_inputs_is_no_obstacle():
