@@ -33,10 +33,10 @@ def combine(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Combination:
-    """Combine adapter folders into a new one; the same functions as `LoraModel.add_weighted_adapter`, without a model.
+    """Combine adapters into a new one; the same functions as `LoraModel.add_weighted_adapter`, without a model.
 
     Args:
-        paths: local adapter folders, all for the same base.
+        paths: folders, or repositories of the hub, of adapters for the same base.
         weights: a finite number for each; negative ones subtract.
         output: the folder to write; made if it is not there.
         method: as `combination_type` of `add_weighted_adapter`.
@@ -55,7 +55,7 @@ def combine(
         What was written, and how much of the wanted change each weight keeps.
 
     Raises:
-        AdapterNotFoundError, AdapterFormatError, NonFiniteError: a folder cannot be read.
+        AdapterNotFoundError, AdapterFormatError, NonFiniteError: an adapter cannot be read.
         ConfigError: the request is not sound, the adapters do not go together, or `output` holds an adapter.
         UnsupportedError: whole modules, biases or token rows whose combination depends on the base.
         OSError: the disk refused. Nothing was written after any of these.

@@ -127,7 +127,7 @@ def _cut(root):
 ERRORS = {
     "a base that is not there": (
         lambda root: (root / "base").rename(root / "b"),
-        "no such folder; a base is a local folder",
+        "no such folder; wanted one",
     ),
     "an adapter that is not there": (lambda root: (root / "adapter").rename(root / "a"), "no such folder"),
     "another base": (

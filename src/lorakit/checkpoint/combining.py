@@ -79,11 +79,11 @@ def combine_adapters(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Combination:
-    """Write the combination of local adapter folders to a new one.
+    """Write the combination of adapters to a new folder.
 
     Raises:
         ConfigError: the request is not sound, or the factors do not go together.
-        AdapterNotFoundError, AdapterFormatError, NonFiniteError: a folder cannot be read.
+        AdapterNotFoundError, AdapterFormatError, NonFiniteError: an adapter cannot be read.
         UnsupportedError: what they own beside factors cannot be combined without the base.
         OSError: the disk refused. Nothing was written after any of these.
     """

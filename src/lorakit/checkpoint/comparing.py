@@ -122,10 +122,10 @@ class AdapterDifference:
 def diff(
     a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress: Progress = silent
 ) -> AdapterDifference:
-    """Compare two local adapter folders.
+    """Compare two adapters.
 
     Args:
-        a: one folder.
+        a: one folder, or repository of the hub.
         b: the other.
         progress: is called with (what, done, total).
 

@@ -1,21 +1,24 @@
-"""Adapters on the Hugging Face hub: the only module that may use a network.
+"""Adapters and checkpoints on the Hugging Face hub: the only module that may use a network.
 
-A path that exists is never looked up on the hub, nor is anything that is written like a path. Only the config and
-the weights are downloaded, both from one commit.
+A path that exists is never looked up on the hub, nor is anything that is not written `user/name`. Of an adapter only the
+config and the weights are downloaded, of a model what a checkpoint consists of; all from one commit. What the cache has is
+not downloaded again, and under `HF_HUB_OFFLINE=1` nothing is.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lorakit.checkpoint.files import CONFIG_NAME, PICKLE_NAME, README_NAME, WEIGHTS_NAME
 from lorakit.checkpoint.reading import open_adapter
-from lorakit.errors import AdapterNotFoundError, AdapterStateError
+from lorakit.checkpoint.shards import CONFIG, INDEX, WEIGHT_SUFFIXES, weight_files
+from lorakit.errors import AdapterError, AdapterNotFoundError, AdapterStateError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 
 def resolve_adapter(
@@ -34,7 +37,7 @@ def resolve_adapter(
 
     Args:
         path_or_repo: a folder, or `user/name` on the hub. A `Path` object, and a text that is absolute, starts with
-            `.` or `~`, or has a backslash or more than one slash, is always a folder.
+            `.` or `~`, or has a backslash or another number of slashes than one, is always a folder.
         subfolder: a folder inside it.
         revision: branch, tag or commit; the default branch if None.
         token: as huggingface_hub takes it.
@@ -48,12 +51,10 @@ def resolve_adapter(
         AdapterNotFoundError: no such folder or repository, the files are not in it, or the hub cannot be reached.
     """
     inside = _checked_subfolder(subfolder)
-    local = Path(path_or_repo).expanduser()
-    if os.path.lexists(local):
+    local = _local(path_or_repo)
+    if local is not None:
         return _inside(local, inside)
     text = os.fspath(path_or_repo)
-    if not isinstance(path_or_repo, str) or _looks_like_path(text):
-        raise AdapterNotFoundError(f"{local}: no such folder (written like a path, so the hub is not asked)")
 
     def fetch(name: str, at: str | None) -> Path:
         import huggingface_hub
@@ -74,6 +75,46 @@ def resolve_adapter(
     place = f"{text}/{inside}" if inside else text
     weights = () if config_only else (WEIGHTS_NAME, PICKLE_NAME)[: 2 if allow_pickle_bin else 1]
     return _download(fetch, place, revision, weights)
+
+
+def resolve_model(path_or_repo: str | os.PathLike[str]) -> Path:
+    """A local folder for `open_shards`: the given one, or a repository's in the hub's cache.
+
+    Of a repository: the safetensors files that `model.safetensors` or its index mean, and what is no weights (configs,
+    tokenizer).
+
+    Args:
+        path_or_repo: as of `resolve_adapter`.
+
+    Raises:
+        AdapterNotFoundError: no such folder or repository, or the hub cannot be reached.
+        AdapterFormatError: the index is damaged.
+    """
+    local = _local(path_or_repo)
+    if local is not None:
+        return local
+    import huggingface_hub
+
+    repository = os.fspath(path_or_repo)
+    with _named(repository, "a model", "the name, the token and the network"):
+        others = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES if not INDEX.endswith(suffix)]
+        folder = Path(huggingface_hub.snapshot_download(repository, ignore_patterns=others))
+        huggingface_hub.snapshot_download(
+            repository, revision=_commit(folder / INDEX), allow_patterns=weight_files(folder)
+        )
+    return folder
+
+
+def resolve_model_config(path_or_repo: str | os.PathLike[str]) -> Path:
+    """A local folder with a model's `config.json`: the given one, or one in the hub's cache; errors as `resolve_model`."""
+    local = _local(path_or_repo)
+    if local is not None:
+        return local
+    import huggingface_hub
+
+    repository = os.fspath(path_or_repo)
+    with _named(repository, "a model", f"the name, the file {CONFIG}, the token and the network"):
+        return Path(huggingface_hub.hf_hub_download(repository, CONFIG)).parent
 
 
 def push_folder(
@@ -128,8 +169,27 @@ def push_folder(
     return str(commit.pr_url or commit.commit_url)
 
 
+def _local(path_or_repo: str | os.PathLike[str]) -> Path | None:
+    """The path, or None for a repository of the hub.
+
+    Raises:
+        AdapterNotFoundError: nothing is there, and it is not written as a repository is.
+    """
+    local = Path(path_or_repo).expanduser()
+    if os.path.lexists(local):
+        return local
+    text = os.fspath(path_or_repo)
+    if not isinstance(path_or_repo, str) or _looks_like_path(text):
+        raise AdapterNotFoundError(
+            f"{local}: no such folder; wanted one that is there, or a repository of the hub, as user/name"
+        )
+    return None
+
+
 def _looks_like_path(text: str) -> bool:
-    return text.startswith((".", "~", "/")) or "\\" in text or text.count("/") > 1 or Path(text).is_absolute()
+    return (
+        text.startswith((".", "~", "/")) or "\\" in text or text.count("/") != 1 or Path(text).is_absolute()
+    )
 
 
 def _checked_subfolder(subfolder: str | None) -> str | None:
@@ -159,9 +219,12 @@ def _download(
     """The folder of the config and of the first of the weights files that the repository has."""
     import huggingface_hub.errors as hub
 
-    absent: Any = (hub.EntryNotFoundError,)
-    failed: Any = (hub.HfHubHTTPError, hub.HFValidationError, OSError)
-    try:
+    absent: Any = hub.EntryNotFoundError
+    with _named(
+        place,
+        "an adapter",
+        f"the name, the files {CONFIG_NAME} and {WEIGHTS_NAME}, the token and the network",
+    ):
         config = fetch(CONFIG_NAME, revision)
         commit = _commit(config) or revision
         for name in weights:
@@ -171,13 +234,24 @@ def _download(
             except absent:
                 if name == weights[-1]:
                     raise
-    except (*absent, *failed) as error:
-        raise AdapterNotFoundError(
-            f"{place}: neither a local folder nor an adapter that the hub gives "
-            f"({type(error).__name__}: {str(error).strip()[:300]}); check the name, the files {CONFIG_NAME} and "
-            f"{WEIGHTS_NAME}, the token and the network"
-        ) from error
     return config.parent
+
+
+@contextmanager
+def _named(place: str, what: str, check: str) -> Iterator[None]:
+    """Make one error of whatever the hub or the way there refuses."""
+    import huggingface_hub.errors as hub
+
+    failed: Any = (hub.EntryNotFoundError, hub.HfHubHTTPError, hub.HFValidationError, OSError)
+    try:
+        yield
+    except AdapterError:
+        raise
+    except failed as error:
+        raise AdapterNotFoundError(
+            f"{place}: neither a local folder nor {what} that the hub gives "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]}); check {check}"
+        ) from error
 
 
 def _commit(file: Path) -> str | None:

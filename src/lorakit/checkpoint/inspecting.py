@@ -14,6 +14,7 @@ import torch
 from lorakit.checkpoint.adapter_report import AdapterReport, InspectedKind, InspectedLayer, InspectedTensor
 from lorakit.checkpoint.digest import Digest, digest_order
 from lorakit.checkpoint.files import MAX_CONFIG
+from lorakit.checkpoint.hub import resolve_adapter
 from lorakit.checkpoint.keys import from_file_key, natural_key
 from lorakit.checkpoint.layout import CONFIG_FIELD, DIGEST_FIELD
 from lorakit.checkpoint.reading import open_adapter
@@ -42,13 +43,13 @@ _MOST_RANKS = 0.5  # of all; where fewer hold the energy, it is worth saying
 
 
 def inspect_adapter(path: str | os.PathLike[str], *, progress: Progress = silent) -> AdapterReport:
-    """Look into a local adapter folder, without any model.
+    """Look into an adapter, without any model.
 
     Factors are decomposed in float64; the dense delta is never built. NaN, infinity, a digest that does not fit and factors
     that make no sense are reported, not refused.
 
     Args:
-        path: the folder.
+        path: a folder, or a repository of the hub.
         progress: is called with (what, done, total).
 
     Raises:
@@ -56,7 +57,7 @@ def inspect_adapter(path: str | os.PathLike[str], *, progress: Progress = silent
         AdapterFormatError: a file is no adapter of this format, or so damaged that its tensors cannot be told.
         ConfigError: the config has wrong values; lists them.
     """
-    file = open_adapter(path)
+    file = open_adapter(resolve_adapter(path))
     config = LoraConfig.from_dict(file.config, where=str(file.folder), required=REQUIRED_KEYS)
     loaded = file.load(check_finite=False, check_digest=False)
     tensors = {from_file_key(key): tensor for key, tensor in loaded.items()}

@@ -84,7 +84,7 @@ def resize(
     """Write an adapter with the best factors of another rank; whole modules, biases and token rows are carried over.
 
     Args:
-        adapter: a local adapter folder.
+        adapter: a folder, or a repository of the hub.
         output: the folder to write.
         rank: of every weight. Larger than before, the delta stays and the new ranks begin with B zero. With `energy`: the
             largest rank that a weight may get.

@@ -32,6 +32,11 @@ CONFIG = "config.json"
 _MAX_INDEX = 64 << 20
 _MAX_CONFIG = 16 << 20
 _OTHER = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf")
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack",
+    ".onnx", ".onnx_data", ".gguf", ".tflite", ".ot", ".npz",
+)  # fmt: skip
+"""Of files that hold weights, in whatever format."""
 
 
 class Place(NamedTuple):
@@ -79,10 +84,7 @@ def open_shards(folder: str | os.PathLike[str]) -> ModelShards:
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
-        raise AdapterNotFoundError(
-            f"{path}: no such folder; a base is a local folder with {SINGLE} or {INDEX} (download a repository of the "
-            "hub first: hf download user/name)"
-        )
+        raise AdapterNotFoundError(f"{path}: no such folder; a base is a folder with {SINGLE} or {INDEX}")
     files, index = _files(path)
     headers: dict[str, Header] = {}
     stamps: dict[str, Stamp] = {}
@@ -101,9 +103,22 @@ def open_shards(folder: str | os.PathLike[str]) -> ModelShards:
     return ModelShards(path, config, None if index is None else index.raw, headers, stamps, places)
 
 
+def weight_files(folder: Path) -> list[str]:
+    """The names of a checkpoint's files of weights as its index says, whether or not they are there.
+
+    Raises:
+        AdapterFormatError: the index is damaged.
+    """
+    return _read_index(folder).files if present(folder, INDEX) else [SINGLE]
+
+
 class _Index(NamedTuple):
     raw: bytes
     weight_map: dict[str, str]
+
+    @property
+    def files(self) -> list[str]:
+        return sorted(set(self.weight_map.values()))
 
 
 def _files(path: Path) -> tuple[list[str], _Index | None]:
@@ -111,7 +126,7 @@ def _files(path: Path) -> tuple[list[str], _Index | None]:
         return [SINGLE], None
     if present(path, INDEX):
         index = _read_index(path)
-        files = sorted(set(index.weight_map.values()))
+        files = index.files
         absent = [file for file in files if not present(path, file)]
         if absent:
             raise AdapterNotFoundError(
@@ -191,7 +206,7 @@ class ShardReader:
             folder = self._shards.folder
             descriptor, status = self._stack.enter_context(open_regular(folder, file))
             if stamp_of(status) != self._shards.stamps[file]:
-                raise AdapterFormatError(f"{folder / file}: changed since the merge began; start again")
+                raise AdapterFormatError(f"{folder / file}: changed since it was opened; start again")
             self._open[file] = descriptor
         return self._open[file]
 

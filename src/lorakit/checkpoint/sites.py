@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from lorakit.checkpoint.hub import resolve_adapter
 from lorakit.checkpoint.keys import from_file_key
 from lorakit.checkpoint.reading import open_adapter
 from lorakit.config import REQUIRED_KEYS, LoraConfig, Matcher, check_supported, ends_in
@@ -81,17 +82,17 @@ class Sorted(NamedTuple):
 
 
 def read_source(path: str | os.PathLike[str], *, instead: str) -> Source:
-    """An adapter folder, with its factors in blocks.
+    """An adapter, with its factors in blocks.
 
     Args:
-        path: of the folder.
+        path: a folder, or a repository of the hub.
         instead: what to do where the adapter is more than its factors, for the message.
 
     Raises:
         AdapterNotFoundError, AdapterFormatError, ConfigError, NonFiniteError: it cannot be read.
         UnsupportedError: its config asks for what lorakit cannot do.
     """
-    file = open_adapter(path)
+    file = open_adapter(resolve_adapter(path))
     where = str(file.folder)
     config = LoraConfig.from_dict(file.config, where=where, required=REQUIRED_KEYS)
     check_supported(config, loading=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path  # noqa: TC003 - typer reads it
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 
 def combine(
-    adapters: Annotated[list[Path], typer.Argument(help="Folders of adapters for one base.")],
+    adapters: Annotated[
+        list[str], typer.Argument(help="Adapters for one base: folders, or repositories of the hub.")
+    ],
     output: Output,
     weight: Annotated[
         list[float] | None,
@@ -74,7 +76,7 @@ def combine(
     if as_json:
         print_json(result)
         return
-    _print(result, [path.name for path in adapters], rows, console_for(as_json=False))
+    _print(result, [Path(each).name for each in adapters], rows, console_for(as_json=False))
 
 
 def _print(result: Combination, names: Sequence[str], rows: int, console: Console) -> None:

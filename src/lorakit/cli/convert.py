@@ -23,7 +23,10 @@ def convert(
     ],
     from_: Annotated[str | None, typer.Option("--from", help="Format of the source; default: looks.")] = None,
     base: Annotated[
-        Path | None, typer.Option(help="Folder of the base model; gguf and torchtune need its config.json.")
+        str | None,
+        typer.Option(
+            help="Folder of the base model, or repository of the hub; gguf and torchtune need its config.json."
+        ),
     ] = None,
     component: Annotated[
         str | None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path  # noqa: TC003 - typer reads it
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,8 +25,8 @@ APART = 3
 
 
 def diff(
-    a: Annotated[Path, typer.Argument(help="Folder of an adapter.")],
-    b: Annotated[Path, typer.Argument(help="Folder of another one.")],
+    a: Annotated[str, typer.Argument(help="Folder of an adapter, or repository of the hub.")],
+    b: Annotated[str, typer.Argument(help="Another one.")],
     fail_over: Annotated[
         float | None,
         typer.Option(min=0.0, help="Exit with code 3 where anything differs by more than this, relatively."),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path  # noqa: TC003 - typer reads it
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -18,8 +17,10 @@ if TYPE_CHECKING:
 
 
 def extract(
-    base: Annotated[Path, typer.Argument(help="Folder of the checkpoint that the adapter is for.")],
-    tuned: Annotated[Path, typer.Argument(help="Folder of the fine-tuned checkpoint.")],
+    base: Annotated[
+        str, typer.Argument(help="Checkpoint that the adapter is for: folder, or repository of the hub.")
+    ],
+    tuned: Annotated[str, typer.Argument(help="The fine-tuned checkpoint: folder, or repository.")],
     output: Output,
     rank: Annotated[
         int | None,

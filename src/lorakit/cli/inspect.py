@@ -24,7 +24,7 @@ _MOST_NAMES = 5
 
 
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
+    adapter: Annotated[str, typer.Argument(help="Folder of the adapter, or repository of the hub.")],
     html: Annotated[
         Path | None, typer.Option(help="Write a page with plots and tables; it needs no network.")
     ] = None,

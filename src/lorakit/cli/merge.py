@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,7 +16,10 @@ if TYPE_CHECKING:
 
 def merge(
     base: Annotated[
-        Path, typer.Argument(help="Folder of the base: model.safetensors, or shards and an index.")
+        str,
+        typer.Argument(
+            help="Folder of the base (model.safetensors, or shards and an index), or repository of the hub."
+        ),
     ],
     adapters: Annotated[list[str], typer.Argument(help="Folders of adapters, or repositories of the hub.")],
     output: Output,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path  # noqa: TC003 - typer reads it
 from typing import Annotated
 
 import typer
@@ -13,7 +12,7 @@ from lorakit.cli.rows import Rows, first_of, table_of
 
 
 def resize(
-    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
+    adapter: Annotated[str, typer.Argument(help="Folder of the adapter, or repository of the hub.")],
     output: Output,
     rank: Annotated[
         int | None,

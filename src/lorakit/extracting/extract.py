@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lorakit.checkpoint.hub import resolve_model
 from lorakit.checkpoint.keys import natural_key, to_file_key
 from lorakit.checkpoint.resizing import check_rank
 from lorakit.checkpoint.shards import open_shards
@@ -126,8 +127,9 @@ def extract(
     of the best. Two weights at a time are in memory, and the adapter.
 
     Args:
-        base: folder of the checkpoint that the adapter will be loaded on; safetensors, one file or shards.
-        tuned: folder of the changed one, with the `config.json` of its model.
+        base: the checkpoint that the adapter will be loaded on: a folder with safetensors, in one file or in shards, or a
+            repository of the hub.
+        tuned: the changed one, with the `config.json` of its model.
         output: the folder to write.
         rank: of every weight's factors. With `energy`: the largest that a weight may get.
         energy: in (0, 1]: each weight gets the fewest ranks that hold this share of the squared norm of its change.
@@ -158,7 +160,7 @@ def extract(
     refuse_existing(target, overwrite=overwrite)
     asked = Asked(target_modules, modules_to_save, bias, ignore)
     with ExitStack() as stack:
-        first, second = open_shards(base), open_shards(tuned)
+        first, second = open_shards(resolve_model(base)), open_shards(resolve_model(tuned))
         model = build_skeleton(second.folder)
         known = known_names(model)
         before, after = Numbers(first, known, stack), Numbers(second, known, stack)

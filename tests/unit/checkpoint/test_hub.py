@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
 
-from lorakit.checkpoint.hub import push_folder, resolve_adapter
+from lorakit.checkpoint.hub import push_folder, resolve_adapter, resolve_model, resolve_model_config
 from lorakit.checkpoint.layout import pending_config_name
 from lorakit.checkpoint.reading import open_adapter
-from lorakit.errors import AdapterNotFoundError, AdapterStateError
+from lorakit.errors import AdapterFormatError, AdapterNotFoundError, AdapterStateError
 
 REAL_API = huggingface_hub.HfApi
 COMMIT = "c" * 40
@@ -33,7 +35,7 @@ def calls(monkeypatch, tmp_path):
         if asked["filename"] not in log.has:
             raise errors.EntryNotFoundError(f"no {asked['filename']}")
         return str(
-            tmp_path / "models--u--n/snapshots" / COMMIT / (asked["subfolder"] or "") / asked["filename"]
+            tmp_path / "models--u--n/snapshots" / COMMIT / (asked.get("subfolder") or "") / asked["filename"]
         )
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
@@ -67,7 +69,7 @@ def test_pickle_only_if_allowed(calls):
 
 @pytest.mark.parametrize(
     "name",
-    ["/no/where", "./no", "../no", "~/no", "a\\b", "a/b/c", ".", "..", Path("u/n"), "C:\\x"],
+    ["/no/where", "./no", "../no", "~/no", "a\\b", "a/b/c", ".", "..", Path("u/n"), "C:\\x", "n"],
     ids=str,
 )
 def test_what_looks_like_a_path_is_never_asked_for(calls, name, monkeypatch, tmp_path):
@@ -186,3 +188,85 @@ def test_a_config_alone_downloads_no_weights(calls, tmp_path):
     LoraConfig(target_modules=["q_proj"]).save_pretrained(folder)
     assert isinstance(LoraConfig.from_pretrained("u/n"), LoraConfig)
     assert [row["filename"] for row in calls.asked] == ["adapter_config.json"]
+
+
+# ---- models ---------------------------------------------------------------------------------------------------
+
+
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+BESIDE = ["config.json", "tokenizer.json", "original/params.json"]
+OTHER = ["pytorch_model.bin", "consolidated.safetensors", "original/weights.pth", "onnx/model.onnx"]
+
+
+@pytest.fixture
+def models(monkeypatch, tmp_path):
+    """A hub with one repository: what of its files each download asked for, at which revision."""
+    log = SimpleNamespace(asked=[], files={}, error=None)
+    folder = tmp_path / "models--u--m/snapshots" / COMMIT
+
+    def download(repository, *, revision=None, allow_patterns=None, ignore_patterns=None):
+        assert repository == "u/m"
+        if log.error:
+            raise log.error
+        chosen = sorted(
+            filter_repo_objects(log.files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        )
+        log.asked.append((revision, chosen))
+        for name in chosen:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(log.files[name])
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return log
+
+
+def index_of(*files):
+    return json.dumps({"weight_map": {f"w{number}": name for number, name in enumerate(files)}})
+
+
+def test_a_model_is_its_safetensors_and_what_is_no_weights(models, tmp_path):
+    models.files = dict.fromkeys([*SHARDS, *BESIDE, *OTHER], "") | {
+        "model.safetensors.index.json": index_of(*SHARDS)
+    }
+    assert resolve_model("u/m") == tmp_path / "models--u--m/snapshots" / COMMIT
+    assert models.asked == [(None, sorted([*BESIDE, "model.safetensors.index.json"])), (COMMIT, SHARDS)]
+
+
+def test_a_model_of_one_file(models):
+    models.files = dict.fromkeys(["model.safetensors", *BESIDE, *OTHER], "")
+    resolve_model("u/m")
+    assert models.asked[1] == (COMMIT, ["model.safetensors"])
+
+
+def test_an_index_that_leads_elsewhere_is_refused(models):
+    models.files = {"model.safetensors.index.json": index_of("../../x.safetensors")}
+    with pytest.raises(AdapterFormatError, match="wanted a weight_map"):
+        resolve_model("u/m")
+    assert len(models.asked) == 1
+
+
+@pytest.mark.parametrize("resolve", [resolve_model, resolve_model_config])
+def test_models_that_the_hub_does_not_give(calls, models, resolve):
+    models.error = calls.error = errors.LocalEntryNotFoundError("offline,\nand not in the cache")
+    with pytest.raises(
+        AdapterNotFoundError, match=r"u/m: neither a local folder nor a model.*offline, and not"
+    ):
+        resolve("u/m")
+
+
+@pytest.mark.parametrize("resolve", [resolve_model, resolve_model_config])
+@pytest.mark.parametrize("name", ["./u", "a/b/c", "gpt2", Path("u/m")], ids=str)
+def test_models_that_are_paths(calls, models, resolve, name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AdapterNotFoundError, match=r"no such folder; wanted"):
+        resolve(name)
+    Path(name).mkdir(parents=True)
+    assert resolve(name) == Path(name)
+    assert calls.asked == models.asked == []
+
+
+def test_of_a_config_one_file_is_downloaded(calls, tmp_path):
+    calls.has = {"config.json"}
+    assert resolve_model_config("u/n") == tmp_path / "models--u--n/snapshots" / COMMIT
+    assert [row["filename"] for row in calls.asked] == ["config.json"]

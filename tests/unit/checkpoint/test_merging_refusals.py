@@ -133,7 +133,7 @@ BASES = {
     "no folder": (
         lambda root: (root / "base").rename(root / "other"),
         AdapterNotFoundError,
-        "hf download user/name",
+        "no such folder; wanted one",
     ),
     "no weights": (
         lambda root: [path.unlink() for path in (root / "base").glob("*.safetensors*")],

@@ -215,7 +215,7 @@ def test_a_base_that_changes_meanwhile(root):
     def touch(*_):
         os.utime(last, ns=(1, 1))
 
-    with pytest.raises(AdapterFormatError, match="changed since the merge began"):
+    with pytest.raises(AdapterFormatError, match="changed since it was opened"):
         run(root, progress=touch)
     assert not (root / "out").exists()
 

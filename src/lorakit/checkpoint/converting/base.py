@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.checkpoint.converting.input import read_object
 from lorakit.checkpoint.files import open_regular, read_up_to
 from lorakit.checkpoint.header import ALL_DTYPES, parse_header
+from lorakit.checkpoint.hub import resolve_model_config
 from lorakit.errors import AdapterNotFoundError, ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     import os
+    from pathlib import Path
 
 _MAX_CONFIG = 16 << 20
 _CONFIG = "config.json"
@@ -70,15 +71,17 @@ class Base:
 
 
 def open_base(path: str | os.PathLike[str]) -> Base:
-    """Read the configs and the headers of a local folder: of a model, of a component of a pipeline, or of a pipeline.
+    """Read the configs and the headers of a folder: of a model, of a component of a pipeline, or of a pipeline.
+
+    Of a repository of the hub, that of a model, the config alone is downloaded.
 
     Raises:
         AdapterNotFoundError: there is no such folder, or no config in it.
         AdapterFormatError: a file is damaged.
     """
-    folder = Path(path).expanduser()
+    folder = resolve_model_config(path)
     if not folder.is_dir():
-        raise AdapterNotFoundError(f"{folder}: no such folder; a base is a local folder with {_CONFIG}")
+        raise AdapterNotFoundError(f"{folder}: not a folder; a base is a folder with {_CONFIG}")
     if (folder / _PIPELINE).is_file():
         parts = [name for name in COMPONENTS if (folder / name / _CONFIG).is_file()]
         return Base(folder, {}, {name: _modules(folder / name) for name in parts})

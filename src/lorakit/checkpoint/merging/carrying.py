@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.checkpoint.files import read_small
 from lorakit.checkpoint.merging.ties import untied
-from lorakit.checkpoint.shards import INDEX
+from lorakit.checkpoint.shards import INDEX, WEIGHT_SUFFIXES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 MAX_SMALL = 256 << 20
-_WEIGHTS = (
-    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack",
-    ".onnx", ".onnx_data", ".gguf", ".tflite", ".ot", ".npz",
-)  # fmt: skip
 
 
 def small_files(folder: Path) -> tuple[list[str], list[str]]:
@@ -27,7 +23,7 @@ def small_files(folder: Path) -> tuple[list[str], list[str]]:
     carried: list[str] = []
     left: list[str] = []
     for path in _files(folder, ""):
-        if path == INDEX or path.endswith(_WEIGHTS):
+        if path == INDEX or path.endswith(WEIGHT_SUFFIXES):
             continue
         (left if os.stat(folder / path).st_size > MAX_SMALL else carried).append(path)  # noqa: PTH116
     return carried, left

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorakit.checkpoint.hub import resolve_adapter
+from lorakit.checkpoint.hub import resolve_adapter, resolve_model
 from lorakit.checkpoint.merging.carrying import read_carried, repaired_config, small_files
 from lorakit.checkpoint.merging.changes import Gathering, check_apart
 from lorakit.checkpoint.merging.checking import check_output
@@ -119,7 +119,7 @@ def merge_checkpoint(
     gone on with by the same call.
 
     Args:
-        base: local folder with `model.safetensors`, or shards and their index.
+        base: a folder with `model.safetensors`, or shards and their index; or a repository of the hub.
         adapters: a folder or a repository of the hub, or several; they add up.
         output: folder to write; it must not be there, or be empty.
         weights: a finite number for each adapter, which multiplies its scaling; default 1.
@@ -149,8 +149,8 @@ def merge_checkpoint(
     wanted = Layouting(_checked_dtype(dtype), parse_size(max_shard_size))
     folders = [resolve_adapter(path) for path in paths]
     check_target(target, overwrite=overwrite)
-    check_outside(target, [Path(base).expanduser(), *folders])
-    shards = open_shards(base)
+    shards = open_shards(resolve_model(base))
+    check_outside(target, [shards.folder, *folders])
     parts = [open_parts(folder, number) for folder, number in zip(folders, numbers, strict=True)]
     job = _plan(shards, parts, wanted, strict=strict)
     fingerprint = _fingerprint(shards, parts, wanted, job)
