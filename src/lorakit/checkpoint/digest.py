@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from lorakit.checkpoint.header import DTYPE_CODES, TensorInfo
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    import torch
     from torch import Tensor
 
 _PREFIX = "sha256:"
@@ -29,12 +30,14 @@ class Digest:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take in one tensor, contiguous and on the CPU."""
-        sizes = ",".join(map(str, tensor.shape))
-        head = (
-            f'[{_quoted(name)},"{DTYPE_CODES[tensor.dtype]}",[{sizes}]]'.encode()
-        )  # as `json.dumps`, a third its cost
+        self.add_bytes(name, tensor.dtype, tensor.shape, raw_bytes(tensor))
+
+    def add_bytes(self, name: str, dtype: torch.dtype, shape: Sequence[int], raw: memoryview) -> None:
+        """Take in one tensor by what it consists of."""
+        # as `json.dumps`, a third its cost
+        head = f'[{_quoted(name)},"{DTYPE_CODES[dtype]}",[{",".join(map(str, shape))}]]'.encode()
         self._hash.update(len(head).to_bytes(8, "little") + head)
-        self._hash.update(raw_bytes(tensor))
+        self._hash.update(raw)
 
     def text(self) -> str:
         """`sha256:` and 64 hexadecimal digits."""

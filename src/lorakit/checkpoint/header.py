@@ -13,7 +13,7 @@ import json
 import math
 import reprlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -49,8 +49,7 @@ _ENTRY = {"dtype", "shape", "data_offsets"}
 _SHOWN = 10  # problems listed in one message, after which the check stops
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """What a header says of one tensor: its dtype, its shape, and its size in bytes."""
 
     dtype: torch.dtype
@@ -163,7 +162,7 @@ def _tensors(
         begin, end = entry["data_offsets"]
         info = TensorInfo(dtypes[entry["dtype"]], tuple(entry["shape"]), end - begin)
         placed.append((begin, end, name, info))
-    placed.sort(key=lambda row: row[:3])
+    placed.sort()  # names differ, so nothing behind them is compared
     if not problems:
         problems = _gaps(placed, size)
     if problems:
@@ -191,7 +190,12 @@ def _problem(entry: object, dtypes: Mapping[str, torch.dtype]) -> str:
 
 
 def _sizes(value: object) -> bool:
-    return isinstance(value, list) and set(map(type, value)) <= {int} and min(value, default=0) >= 0
+    if type(value) is not list:
+        return False
+    for size in value:  # noqa: SIM110 - twice as fast as `all` on two sizes, and there are hundreds of such lists
+        if type(size) is not int or size < 0:
+            return False
+    return True
 
 
 def _gaps(placed: list[tuple[int, int, str, TensorInfo]], size: int) -> list[str]:

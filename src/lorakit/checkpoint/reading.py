@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorakit.checkpoint.digest import Digest, digest_order
+from lorakit.checkpoint.digest import Digest, digest_order, raw_bytes
 from lorakit.checkpoint.files import (
     CONFIG_NAME,
     PICKLE_NAME,
@@ -41,16 +41,15 @@ from lorakit.checkpoint.files import (
 )
 from lorakit.checkpoint.header import Header, TensorInfo, parse_header
 from lorakit.checkpoint.layout import CONFIG_FIELD, DIGEST_FIELD, pending_config_name
-from lorakit.checkpoint.sources import SafetensorsSource, Source, open_pickle
+from lorakit.checkpoint.sources import Run, SafetensorsSource, Source, open_pickle
 from lorakit.config import strict_json
 from lorakit.errors import AdapterFormatError, AdapterNotFoundError, NonFiniteError, bullet_list
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor
 
-_TOGETHER = 1 << 20  # bytes of small tensors whose numbers are looked at in one pass
 _ATTEMPTS = 100  # how often a reader starts again because the weights were replaced under it
 
 
@@ -110,21 +109,32 @@ class AdapterFile:
         digest = self._digest() if check_digest else None
         order = digest_order(self.tensors if digest else {key: self.tensors[key] for key in wanted})
         loaded: dict[str, Tensor] = {}
-        for name, tensor in self.source.read(order):
+        bad: list[str] = []
+        for run in self.source.runs(order):
             if digest:
-                digest.add(name, tensor)
-            if name in wanted:
-                loaded[name] = tensor
+                self._take_in(run, digest)
+            mine = {name: tensor for name, tensor in run.tensors.items() if name in wanted}
+            if check_finite and not _is_finite(run.values):
+                bad += [line for name, tensor in mine.items() for line in non_finite(name, tensor)]
+            loaded |= mine
         if digest and digest.text() != self.metadata[DIGEST_FIELD]:
             raise AdapterFormatError(
                 f"{self.weights_path}: the file was damaged or changed after it was saved (its digest does not fit "
                 "its contents); copy or download it again"
             )
-        bad = all_non_finite(loaded) if check_finite else []
         if bad:
             hint = "The training diverged or the file is damaged."
             raise NonFiniteError(bullet_list(f"{self.weights_path}: numbers that are not finite", bad, hint))
+        if torch.device(device).type == "cpu":
+            return {key: loaded[key] for key in wanted}
         return {key: loaded[key].to(device) for key in wanted}
+
+    def _take_in(self, run: Run, digest: Digest) -> None:
+        raw, begin = raw_bytes(run.values), 0
+        for name in run.tensors:
+            dtype, shape, nbytes = self.tensors[name]
+            digest.add_bytes(name, dtype, shape, raw[begin : begin + nbytes])
+            begin += nbytes
 
     def _digest(self) -> Digest | None:
         if DIGEST_FIELD not in self.metadata:
@@ -174,35 +184,6 @@ def read_config_dict(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if present(path, WEIGHTS_NAME):
         return _read_pair(path)[0]
     return _parsed(read_small(path, CONFIG_NAME), path / CONFIG_NAME)
-
-
-def all_non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """A line for each tensor that holds NaN or infinity, in order; small ones are looked at together."""
-    bad: list[str] = []
-    for group in _small_together(tensors):
-        values = [tensors[name].view(-1) for name in group]
-        if len(group) == 1 or not _is_finite(_joined(values)):
-            bad += [line for name in group for line in non_finite(name, tensors[name])]
-    return bad
-
-
-def _joined(values: list[Tensor]) -> Tensor:
-    with torch.autocast("cpu", enabled=False):  # which knows no fp64
-        return torch.cat(values)
-
-
-def _small_together(tensors: Mapping[str, Tensor]) -> Iterator[list[str]]:
-    """The names in groups of one dtype and of a mebibyte at most, or single."""
-    group: list[str] = []
-    dtype, size = None, 0
-    for name, tensor in tensors.items():
-        if group and (tensor.dtype != dtype or size + tensor.nbytes > _TOGETHER):
-            yield group
-            group, size = [], 0
-        group.append(name)
-        dtype, size = tensor.dtype, size + tensor.nbytes
-    if group:
-        yield group
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -6,9 +6,10 @@ the file afterwards changes nothing.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
@@ -27,7 +28,21 @@ if TYPE_CHECKING:
 _AT_ONCE = (
     1 << 20
 )  # bytes that are read at once and then taken apart; what is larger is read where it is to be
+_ALIGNMENT = 64  # bytes, as of memory that torch allocates
 _SAFE_UNPICKLER = (2, 10)  # older releases have known holes in weights_only
+
+
+class Run(NamedTuple):
+    """Tensors that were read at once, all of one dtype.
+
+    Attributes:
+        tensors: by name. Each has a storage of its own, so that it can be saved, copied and shared by itself; small ones
+            lie in common memory, of a mebibyte at most, which lives as long as any of them.
+        values: all their numbers as one tensor: the very same memory.
+    """
+
+    tensors: dict[str, Tensor]
+    values: Tensor
 
 
 class Source(Protocol):
@@ -38,8 +53,8 @@ class Source(Protocol):
         """The file."""
         ...
 
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors, in the given order."""
+    def runs(self, names: Iterable[str]) -> Iterator[Run]:
+        """The named tensors, in the given order, as many at once as can be."""
         ...
 
 
@@ -67,21 +82,23 @@ class SafetensorsSource:
         return self.folder / self.name
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors, in the given order; `AdapterFormatError` if the file is no longer the same.
+        """The named tensors, in the given order; `AdapterFormatError` if the file is no longer the same."""
+        for run in self.runs(names):
+            yield from run.tensors.items()
 
-        Each is read into memory of its own: what happens to the file afterwards changes nothing.
-        """
+    def runs(self, names: Iterable[str]) -> Iterator[Run]:
+        """As `read`, several at once."""
         with (
             open_regular(self.folder, self.name) as (descriptor, status),
             os.fdopen(os.dup(descriptor), "rb", buffering=0) as file,
         ):
             self._check(status)
-            for run in self._runs(names):
-                yield from zip(run, self._read_run(file, run), strict=True)
+            for together in self._together(names):
+                yield self._read_run(file, together)
             self._check(os.fstat(descriptor))
         _check_unchanged(self.folder, self.name, self.stamp)
 
-    def _runs(self, names: Iterable[str]) -> Iterator[list[str]]:
+    def _together(self, names: Iterable[str]) -> Iterator[list[str]]:
         """The names in groups that are read at once: small tensors of one dtype that follow each other in the file."""
         run: list[str] = []
         end, dtype, size = -1, None, 0
@@ -95,17 +112,20 @@ class SafetensorsSource:
         if run:
             yield run
 
-    def _read_run(self, file: FileIO, run: list[str]) -> list[Tensor]:
-        infos = [self.tensors[name] for name in run]
-        sizes = [info.nbytes // info.dtype.itemsize for info in infos]
-        block = torch.empty(sum(sizes), dtype=infos[0].dtype)
-        file.seek(self.places[run[0]])
-        if not _fill(file, raw_bytes(block)):
+    def _read_run(self, file: FileIO, names: list[str]) -> Run:
+        infos = [self.tensors[name] for name in names]
+        dtype, nbytes = infos[0].dtype, sum(info.nbytes for info in infos)
+        file.seek(self.places[names[0]])
+        if len(names) == 1 or not nbytes:
+            tensors = [torch.empty(info.shape, dtype=dtype) for info in infos]
+            memory, values = raw_bytes(tensors[0]), tensors[0].view(-1)
+        else:
+            memory = _aligned(nbytes)
+            values = torch.frombuffer(memory, dtype=dtype)
+            tensors = _taken_apart(memory, infos)
+        if not _fill(file, memory):
             raise AdapterFormatError(f"{self.path}: cut while it was read; open the adapter again")
-        if len(run) == 1:
-            return [block.view(infos[0].shape)]
-        parts = zip(block.split(sizes), infos, strict=True)
-        return [part.view(info.shape).clone() for part, info in parts]
+        return Run(dict(zip(names, tensors, strict=True)), values)
 
     def _check(self, status: os.stat_result) -> None:
         if stamp_of(status) != self.stamp:
@@ -132,6 +152,11 @@ class PickleSource:
         for name in names:
             yield name, tensors[name].detach().clone(memory_format=torch.contiguous_format)
 
+    def runs(self, names: Iterable[str]) -> Iterator[Run]:
+        """As `read`; each tensor by itself."""
+        for name, tensor in self.read(names):
+            yield Run({name: tensor}, tensor.view(-1))
+
 
 def open_pickle(folder: Path, name: str = PICKLE_NAME) -> tuple[PickleSource, dict[str, TensorInfo]]:
     """List the tensors of a pickle, by default `adapter_model.bin`, without allocating them.
@@ -152,6 +177,27 @@ def open_pickle(folder: Path, name: str = PICKLE_NAME) -> tuple[PickleSource, di
     if sum(info.nbytes for info in infos.values()) > status.st_size:
         raise AdapterFormatError(f"{path}: its tensors claim more bytes than the file has; not an adapter")
     return PickleSource(folder, stamp, name), infos
+
+
+def _aligned(nbytes: int) -> memoryview:
+    """Fresh memory, which lives as long as any tensor that is made of it."""
+    memory = bytearray(nbytes + _ALIGNMENT)
+    begin = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _ALIGNMENT
+    return memoryview(memory)[begin : begin + nbytes]
+
+
+def _taken_apart(memory: memoryview, infos: list[TensorInfo]) -> list[Tensor]:
+    """Tensors that lie in memory one after another, each with a storage of its own: it holds that memory, or none."""
+    found, offset = [], 0
+    for dtype, shape, nbytes in infos:
+        if nbytes:
+            count = nbytes // dtype.itemsize
+            tensor = torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(shape)
+        else:
+            tensor = torch.empty(shape, dtype=dtype)
+        found.append(tensor)
+        offset += nbytes
+    return found
 
 
 def _fill(file: FileIO, memory: memoryview) -> bool:

@@ -17,7 +17,8 @@ from typing import Any
 from lorakit.errors import AdapterFormatError, ConfigError
 
 _BRACKETS = frozenset(b"[]{}")
-_NOT_BRACKETS = bytes(sorted(set(range(256)) - _BRACKETS))
+_NOT_STRUCTURE = bytes(sorted(set(range(256)) - _BRACKETS - {ord('"')}))
+_TO_ZERO = bytes.maketrans(b"123456789", b"0" * 9)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _OTHER_UNICODE = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _INT_LETTERS = 20  # -2**63 has this many
@@ -48,7 +49,7 @@ def loads(data: bytes | str, *, where: str, max_bytes: int = 1 << 20, max_depth:
             object_pairs_hook=_unique,
             parse_constant=_refuse_constant,
             parse_float=_finite,
-            parse_int=_integer,
+            parse_int=_integer if _may_be_long(raw) else None,
         )
     except json.JSONDecodeError as error:
         place = f"line {error.lineno}, column {error.colno}"
@@ -91,7 +92,7 @@ def _decoded(raw: bytes, where: str) -> str:
 def _check_depth(raw: bytes, max_depth: int, where: str) -> None:
     """Peel matching brackets off from the inside, one level a round, all at C speed."""
     bare = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
-    brackets = b"".join(bare.split(b'"')[::2]).translate(None, _NOT_BRACKETS)
+    brackets = b"".join(bare.translate(None, _NOT_STRUCTURE).split(b'"')[::2])
     for _ in range(max_depth):
         peeled = brackets.replace(b"[]", b"").replace(b"{}", b"")
         if len(peeled) == len(brackets):
@@ -122,6 +123,11 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"the number {text[:40]} is too large; write a finite one")
     return number
+
+
+def _may_be_long(raw: bytes) -> bool:
+    """Whether any integer may be too long: as a rule none is, and then the parser need not ask about each."""
+    return b"0" * _INT_LETTERS in raw.translate(_TO_ZERO)
 
 
 def _integer(text: str) -> int:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
+import tracemalloc
 import warnings
+from collections import Counter
 
 import pytest
 import safetensors.torch
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorakit.checkpoint.layout import pending_config_name
 from lorakit.checkpoint.reading import open_adapter, read_config_dict
@@ -59,6 +64,62 @@ def test_every_tensor_owns_its_memory(count, size, tmp_path, config):
     first, *others = (tensor for tensor in loaded.values() if tensor.numel())
     first.add_(1)
     assert not any(tensor._version for tensor in others)
+
+
+def many_small(tmp_path, config, count=400, size=2_000):
+    """A folder whose tensors are read in four runs of a mebibyte at most."""
+    torch.manual_seed(0)
+    tensors = {f"base_model.model.{n:03}.lora_A.weight": torch.randn(1, size) for n in range(count)}
+    write_adapter(tmp_path, config, tensors)
+    return open_adapter(tmp_path)
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked to do."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_small_tensors_are_looked_at_together_and_not_copied(tmp_path, config):
+    adapter = many_small(tmp_path, config)
+    with Operations() as operations:
+        adapter.load()
+    assert operations.counts.pop("aminmax") == 4
+    assert not operations.counts.keys() & {"clone", "cat", "copy_", "_to_copy", "split", "isfinite"}
+
+
+def test_small_tensors_are_independent(tmp_path, config):
+    first, second, *_ = many_small(tmp_path, config).load().values()
+    square = (torch.nn.Parameter(second) ** 2).sum()
+    first.add_(1)  # another counter of versions: what was computed with the neighbour still holds
+    square.backward()
+    file = io.BytesIO()
+    torch.save(first, file)
+    assert file.tell() < 2 * first.nbytes
+    assert copy.deepcopy(first).untyped_storage().nbytes() == first.nbytes
+    assert first.data_ptr() % 64 == 0
+    assert torch.equal(first.clone().share_memory_(), first.share_memory_())
+
+
+def test_the_memory_of_small_tensors_goes_with_them(tmp_path, config):
+    adapter = many_small(tmp_path, config)
+    tracemalloc.start()
+    try:
+        loaded = adapter.load()
+        assert tracemalloc.get_traced_memory()[0] > 400 * 2_000 * 4
+        kept = loaded.popitem()
+        del loaded
+        assert tracemalloc.get_traced_memory()[0] < 3 << 19  # one run, of a mebibyte
+        del kept
+        assert tracemalloc.get_traced_memory()[0] < 1 << 17
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
