@@ -40,6 +40,7 @@ def replace_lora_weights_loftq(
     model_path: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
     adapter_name: str = "default",
     callback: Callable[[nn.Module, str], bool] | None = None,
+    show_progress_bar: bool = True,
 ) -> dict[str, Misfit]:
     """Give an adapter on a quantised base the factors that fit best what quantisation took from each weight.
 
@@ -58,6 +59,7 @@ def replace_lora_weights_loftq(
         adapter_name: which adapter.
         callback: is called with the model and the layer's path after each layer; unless it gives a true value, the
             layer gets back what it had. With it one may keep what makes the model's outputs better.
+        show_progress_bar: False shows neither the bar nor the lines.
 
     Returns:
         By path, for each layer that has new factors: the Frobenius norms of W, of W - Q, and of what the adapter leaves
@@ -79,7 +81,7 @@ def replace_lora_weights_loftq(
     originals = _originals(registry, layers, model_path)
     errors: dict[str, Misfit] = {}
     with ExitStack() as undo, torch.no_grad():
-        for path in tqdm(layers, desc="LoftQ", unit="layer"):
+        for path in tqdm(layers, desc="LoftQ", unit="layer", disable=not show_progress_bar):
             former = Pair.of(layers[path], adapter_name)
             kept = former.copied()
             undo.callback(former.take, kept)
@@ -87,10 +89,12 @@ def replace_lora_weights_loftq(
                 misfit = _refit(layers[path], adapter_name, originals.read(path))
             if callback is None or _asked(callback, peft_model, path):
                 errors[path] = misfit
-                tqdm.write(f"{path}: {misfit}")
+                told = str(misfit)
             else:
                 former.take(kept)
-                tqdm.write(f"{path}: not wanted, left as it was")
+                told = "not wanted, left as it was"
+            if show_progress_bar:
+                tqdm.write(f"{path}: {told}")
         undo.pop_all()
     return errors
 

@@ -118,7 +118,7 @@ def test_with_nothing_given_it_trains_on_the_demo(tmp_path, monkeypatch):
         (("--config", "./none.yaml"), 1, "no such file"),
         (("--model", "./nowhere", "--data", "{folder}/chats.jsonl", "-o", "{out}"), 1, "no such folder"),
         (("--config", "{folder}/run.yaml", "--data", "./none.jsonl", "-o", "{out}"), 1, "no such file"),
-        (("--config", "{folder}/run.yaml", "-o", "{out}", "--init", "eva"), 1, "init: got 'eva'"),
+        (("--config", "{folder}/run.yaml", "-o", "{out}", "--init", "evva"), 1, "init: got 'evva'"),
         (("--config", "{folder}/run.yaml", "-o", "{out}", "-t", "qproj"), 1, "did you mean 'q_proj'"),
         (("--config", "{folder}/run.yaml", "-o", "{out}", "--resume"), 1, "no checkpoint to resume from"),
         (("--config", "{folder}/run.yaml"), 2, "wanted --output"),

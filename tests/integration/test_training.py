@@ -8,11 +8,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import lorakit
 from lorakit.checkpoint.reading import open_adapter
 from lorakit.errors import AdapterNotFoundError, ConfigError, PlanError
-from lorakit.training import trainer as trainer_module
+from lorakit.training import checkpoints
 from words import WORDS, save_bert, save_llama
 
 torch.set_num_threads(1)
@@ -44,8 +45,6 @@ def logits(model, *words):
 
 
 def test_it_learns_completions_and_saves_what_loads(bases, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     reports = []
     found = lorakit.train(
         settings(bases / "llama", tmp_path / "out", epochs=12, eval_share=0.2),
@@ -255,16 +254,14 @@ def test_models_that_do_not_go_are_refused(bases, tmp_path, monkeypatch):
         lorakit.train(settings(bases / "llama", tmp_path / "out", load_in_4bit=True), rows=PAIRS)
 
 
-def test_a_quantised_base_is_marked_only_while_the_trainer_is_made():
-    class Base(torch.nn.Module):
-        is_quantized = True
-
-    class Model:
-        base = Base()
-
-        def get_base_model(self):
-            return self.base
-
-    with trainer_module._known_to_carry_adapters(Model()):
-        assert Model.base._hf_peft_config_loaded
-    assert not hasattr(Model.base, "_hf_peft_config_loaded")
+def test_a_quantised_base_is_marked_only_while_the_trainer_is_made(bases):
+    model = lorakit.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(bases / "llama"), lorakit.LoraConfig(target_modules="all-linear")
+    )
+    base = model.get_base_model()
+    with checkpoints._known_to_carry_adapters(model):
+        assert not hasattr(base, "_hf_peft_config_loaded")
+    base.is_quantized = True
+    with checkpoints._known_to_carry_adapters(model):
+        assert base._hf_peft_config_loaded
+    assert not hasattr(base, "_hf_peft_config_loaded")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from lorakit.training.settings import TrainConfig
+from lorakit.training.settings import INITS, TrainConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +41,8 @@ _PANELS: dict[str, dict[str, _Option]] = {
             "Name of modules to adapt, several times; default all linear layers.", ("--target", "-t")
         ),
         "modules_to_save": _Option("Name of modules to train whole, several times.", ("--modules-to-save",)),
-        "init": _Option("default, gaussian, orthogonal, pissa, olora or mica."),
+        "init": _Option(f"How it begins: {', '.join(INITS)}."),
+        "init_batches": _Option("Batches of rows that eva, corda and lora_ga look at."),
         "dora": _Option("Train magnitudes too.", ("--dora/--no-dora",)),
         "rslora": _Option("Scale by alpha / sqrt(r).", ("--rslora/--no-rslora",)),
     },

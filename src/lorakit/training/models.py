@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorakit.api import get_peft_model
 from lorakit.config import TaskType
-from lorakit.configs import LoraConfig
 from lorakit.errors import AdapterError, AdapterNotFoundError, ConfigError, UnsupportedError
 from lorakit.kbit import prepare_model_for_kbit_training
 from lorakit.skeleton import read_model_config, transformers_or_refuse
@@ -59,8 +57,8 @@ def chosen_dtype(settings: TrainConfig) -> torch.dtype:
     return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
 
 
-def build_model(settings: TrainConfig, task: TaskType, labels: Sequence[str | int], pad: int) -> PeftModel:
-    """The base with a new adapter on it.
+def load_base(settings: TrainConfig, task: TaskType, labels: Sequence[str | int], pad: int) -> Any:
+    """The base, without an adapter.
 
     Args:
         settings: of the run.
@@ -72,7 +70,6 @@ def build_model(settings: TrainConfig, task: TaskType, labels: Sequence[str | in
         AdapterNotFoundError: there is no such model, or a file of it is missing.
         ConfigError: it cannot do this task.
         UnsupportedError: 4 bits are asked for, and bitsandbytes is not installed.
-        PlanError: the adapter does not fit.
     """
     transformers = transformers_or_refuse("training")
     options: dict[str, Any] = {
@@ -104,33 +101,15 @@ def build_model(settings: TrainConfig, task: TaskType, labels: Sequence[str | in
         base.config.pad_token_id = pad
     if settings.load_in_4bit:
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-    model = get_peft_model(base, adapter_config(settings, task))
-    if settings.gradient_checkpointing:
-        _enable_checkpointing(model)
-    return model
+    return base
 
 
-def _enable_checkpointing(model: PeftModel) -> None:
+def enable_checkpointing(model: PeftModel) -> None:
+    """Compute activations again in backward; `ConfigError` where the base cannot."""
     try:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     except ValueError as error:
         raise ConfigError(f"gradient_checkpointing: {_line(error)}") from error
-
-
-def adapter_config(settings: TrainConfig, task: TaskType) -> LoraConfig:
-    """The config of the adapter that a run trains."""
-    targets = settings.targets
-    return LoraConfig(
-        r=settings.r,
-        lora_alpha=2 * settings.r if settings.alpha is None else settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules="all-linear" if targets == ("all-linear",) else list(targets),
-        modules_to_save=list(settings.modules_to_save) or None,
-        init_lora_weights=True if settings.init == "default" else settings.init,
-        use_dora=settings.dora,
-        use_rslora=settings.rslora,
-        task_type=task,
-    )
 
 
 def _in_four_bits(transformers: Any, dtype: torch.dtype) -> dict[str, Any]:

@@ -14,12 +14,16 @@ from lorakit.checkpoint.files import CONFIG_NAME, WEIGHTS_NAME
 from lorakit.config import strict_json
 from lorakit.config.files import write_atomic
 from lorakit.errors import ConfigError, UnsupportedError
-from lorakit.training.encoding import Collator, encode_rows
-from lorakit.training.models import build_model, load_tokenizer, longest, pad_token
+from lorakit.training.beginning import Look, adapter_config, begin, go_on
+from lorakit.training.checkpoints import is_finished
+from lorakit.training.encoding import Collator, Encoded, encode_rows
+from lorakit.training.models import enable_checkpointing, load_base, load_tokenizer, longest, pad_token
 from lorakit.training.plot import plot_losses
 from lorakit.training.rows import CLASSES, hold_out, kind_of_rows, labels_of, read_rows
+from lorakit.training.settings import check_same_adapter
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Sequence
 
     from lorakit.peft_model import PeftModel
@@ -112,28 +116,32 @@ def train(
     output = Path(settings.output).expanduser()
     settings = replace(settings, output=str(output))
     checkpoint = _checked_output(output, resume=resume, overwrite=overwrite)
+    if checkpoint is not None:
+        check_same_adapter(settings, checkpoint)
     data = _data(settings, rows, eval_rows)
     tokenizer = load_tokenizer(settings.model)
     most = longest(settings, tokenizer)
-    train_set = encode_rows(data.train, data.kind, tokenizer, most, data.labels, progress)
-    judged = (
-        encode_rows(data.judged, data.kind, tokenizer, most, data.labels, progress) if data.judged else None
+    train_set, judged = (
+        encode_rows(part, data.kind, tokenizer, most, data.labels, progress) if part else Encoded([], ())
+        for part in (data.train, data.judged)
     )
-    model = build_model(settings, data.kind.task, data.labels, pad_token(tokenizer))
 
-    from lorakit.training.trainer import Told, arguments_for, trainer_for
+    from lorakit.training.trainer import Noted, Told, arguments_for, trainer_for
 
-    arguments = arguments_for(settings, len(train_set.rows), evaluates=judged is not None)
+    arguments = arguments_for(settings, len(train_set.rows), evaluates=bool(judged.rows))
+    collate = Collator(pad_token(tokenizer), data.kind, most)
+    look = Look(train_set.rows, collate, arguments.device, settings, progress)
+    model = _model(settings, data, pad_token(tokenizer), look, checkpoint)
     if arguments.should_save and overwrite and not resume:
         _remove_checkpoints(output)
     trainer = trainer_for(
         model,
         arguments,
         train_dataset=train_set.rows,
-        eval_dataset=None if judged is None else judged.rows,
-        data_collator=Collator(pad_token(tokenizer), data.kind, most),
+        eval_dataset=judged.rows or None,
+        data_collator=collate,
         compute_metrics=_accuracy if data.kind is CLASSES else None,
-        callbacks=[Told(progress)],
+        callbacks=[Told(progress), Noted(settings)],
     )
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -141,14 +149,27 @@ def train(
     result = replace(
         result,
         rows=len(train_set.rows),
-        eval_rows=0 if judged is None else len(judged.rows),
-        resumed_from=None if checkpoint is None else _step(checkpoint),
-        notes=(*train_set.notes, *(() if judged is None else judged.notes)),
+        eval_rows=len(judged.rows),
+        resumed_from=None if checkpoint is None else step_of(checkpoint),
+        notes=(*train_set.notes, *judged.notes),
     )
     if not arguments.should_save:
         return result
     model.save_pretrained(output)
     return _reported(result, settings, output)
+
+
+def _model(settings: TrainConfig, data: _Data, pad: int, look: Look, checkpoint: Path | None) -> PeftModel:
+    """The base with the adapter, as it begins or as a checkpoint has it."""
+    base = load_base(settings, data.kind.task, data.labels, pad)
+    config = adapter_config(settings, data.kind.task)
+    if checkpoint is None:
+        model = begin(base, config, settings.init, look)
+    else:
+        model = go_on(base, config, checkpoint)
+    if settings.gradient_checkpointing:
+        enable_checkpointing(model)
+    return model
 
 
 def _result(trainer: Any, model: PeftModel, data: _Data, output: Path, *, seconds: float) -> TrainResult:
@@ -209,13 +230,13 @@ def _data(settings: TrainConfig, rows: Sequence[Row] | None, eval_rows: Sequence
 
 def _checked_output(output: Path, *, resume: bool, overwrite: bool) -> Path | None:
     """The checkpoint to go on from, if one is asked for."""
-    checkpoints = sorted(_checkpoints(output), key=_step)
+    checkpoint = last_checkpoint(output)
     if resume:
-        if not checkpoints:
+        if checkpoint is None:
             raise ConfigError(f"{output}: no checkpoint to resume from; leave out resume (--resume) to begin")
-        return checkpoints[-1]
+        return checkpoint
     there = [name for name in (CONFIG_NAME, WEIGHTS_NAME) if (output / name).exists()]
-    if (there or checkpoints) and not overwrite:
+    if (there or checkpoint is not None) and not overwrite:
         what = "an adapter" if there else "checkpoints"
         raise ConfigError(
             f"{output}: {what} of an earlier run there; choose another folder, go on with resume=True (--resume), or pass "
@@ -225,17 +246,19 @@ def _checked_output(output: Path, *, resume: bool, overwrite: bool) -> Path | No
 
 
 def _checkpoints(output: Path) -> list[Path]:
-    """The finished ones: the Trainer writes its state last."""
+    """The finished ones."""
     if not output.is_dir():
         return []
-    return [
-        path
-        for path in output.iterdir()
-        if _CHECKPOINT.fullmatch(path.name) and (path / "trainer_state.json").is_file()
-    ]
+    return [path for path in output.iterdir() if _CHECKPOINT.fullmatch(path.name) and is_finished(path)]
 
 
-def _step(checkpoint: Path) -> int:
+def last_checkpoint(output: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint in an output folder that a run would be resumed from."""
+    return max(_checkpoints(Path(output).expanduser()), key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint was saved after."""
     return int(checkpoint.name.rpartition("-")[2])
 
 

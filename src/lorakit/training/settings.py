@@ -6,7 +6,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lorakit.config import TaskType, checks
+from lorakit.config import TaskType, checks, strict_json
+from lorakit.config.files import read_small
 from lorakit.config.suggest import NearNames
 from lorakit.errors import (
     AdapterFormatError,
@@ -18,15 +19,18 @@ from lorakit.errors import (
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from lorakit.config.checks import Check
 
-INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "mica")
+INITS = ("default", "gaussian", "orthogonal", "pissa", "olora", "mica", "eva", "corda", "lora_ga", "loftq")
 DTYPES = ("auto", "float32", "bfloat16")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "sgd")
+SETTINGS_NAME = "settings.json"
+"""The settings of a run, in each of its checkpoints."""
 _MAX_YAML = 1 << 20
+_OF_THE_ADAPTER = ("r", "alpha", "dropout", "targets", "modules_to_save", "init", "dora", "rslora")
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,9 @@ class TrainConfig:
         dropout: of the adapter's input.
         targets: names of modules to adapt.
         modules_to_save: names of modules to train whole.
-        init: "default", "gaussian", "orthogonal", "pissa", "olora" or "mica".
+        init: how the adapter begins: "default", "gaussian" or "orthogonal"; from the weights, "pissa", "olora" or "mica";
+            from rows, "eva", "corda" or "lora_ga"; from what 4 bits took from the weights, "loftq".
+        init_batches: batches of training rows, drawn by the seed, that "eva", "corda" and "lora_ga" look at.
         dora: train magnitudes too (arXiv:2402.09353).
         rslora: scale by alpha / sqrt(r) (arXiv:2312.03732).
         epochs: passes over the rows.
@@ -84,6 +90,7 @@ class TrainConfig:
     targets: tuple[str, ...] = ("all-linear",)
     modules_to_save: tuple[str, ...] = ()
     init: str = "default"
+    init_batches: int = 16
     dora: bool = False
     rslora: bool = False
     epochs: float = 1.0
@@ -121,6 +128,7 @@ class TrainConfig:
         "targets": checks.names,
         "modules_to_save": checks.names,
         "init": checks.one_of(*INITS),
+        "init_batches": checks.rank,
         "dora": checks.flag,
         "rslora": checks.flag,
         "epochs": checks.positive,
@@ -151,10 +159,46 @@ class TrainConfig:
                 object.__setattr__(self, name, tuple(value))
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         found = checks.problems(values, self._CHECKS, ())
-        if not found and self.eval_data is not None and self.eval_share:
-            found.append("eval_share: got a share beside eval_data, wanted one of the two")
+        found = found or list(self._contradictions())
         if found:
             raise ConfigError(bullet_list("training settings", found))
+
+    def _contradictions(self) -> Iterator[str]:
+        if self.eval_data is not None and self.eval_share:
+            yield "eval_share: got a share beside eval_data, wanted one of the two"
+        if self.init in {"corda", "lora_ga"} and self.load_in_4bit:
+            yield (
+                f"init: {self.init!r} begins from weights in full precision; leave out load_in_4bit, or begin by 'eva', "
+                "'loftq' or 'pissa'"
+            )
+        if self.init == "loftq" and not self.load_in_4bit:
+            yield "init: 'loftq' makes up for what 4 bits take from the weights; set load_in_4bit too"
+
+
+def check_same_adapter(settings: TrainConfig, checkpoint: Path) -> None:
+    """Make sure that a run that goes on has the adapter of the run before.
+
+    Raises:
+        ConfigError: lists the settings of the adapter that differ.
+        AdapterFormatError: the settings in the checkpoint cannot be read.
+    """
+    path = checkpoint / SETTINGS_NAME
+    if not path.exists():  # killed between the checkpoint and its settings; shapes are compared anyway
+        return
+    before = strict_json.loads(read_small(path), where=str(path))
+    now = strict_json.loads(settings_bytes(settings), where="settings")
+    wrong = [
+        f"{name}: got {now[name]!r}, the run began with {before.get(name)!r}"
+        for name in _OF_THE_ADAPTER
+        if now[name] != before.get(name)
+    ]
+    if wrong:
+        raise ConfigError(bullet_list(f"{checkpoint}: resuming keeps the adapter", wrong))
+
+
+def settings_bytes(settings: TrainConfig) -> bytes:
+    """The settings as JSON."""
+    return strict_json.dumps({field.name: getattr(settings, field.name) for field in fields(settings)})
 
 
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -1,67 +1,29 @@
-"""transformers' Trainer for our models: its checkpoints hold the adapter and not the base, and are resumed from it."""
+"""transformers' Trainer for a run, and its settings."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lorakit.checkpoint.reading import open_adapter
 from lorakit.config import TaskType
-from lorakit.init.registry import TAKES_OFF
-from lorakit.state_dict import set_peft_model_state_dict
+from lorakit.config.files import write_atomic
+from lorakit.training.checkpoints import AdapterTrainerMixin
+from lorakit.training.settings import SETTINGS_NAME, settings_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from lorakit.peft_model import PeftModel
     from lorakit.training.settings import TrainConfig
 
-RAW_NAME = "trainer_adapter.safetensors"
-"""The adapter as it is in memory, where the adapter file has it in another form (`lorakit.exporting`)."""
 
-
-class AdapterTrainer(Trainer):  # type: ignore[misc] # transformers has no types
-    """Trains a `PeftModel`; a checkpoint is an adapter folder with the Trainer's own state beside it."""
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        model = self.accelerator.unwrap_model(self.model)
-        model.save_pretrained(folder)
-        if takes_off(model):
-            save_file(raw_state(model), folder / RAW_NAME)
-        torch.save(self.args, folder / "training_args.bin")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        folder = Path(resume_from_checkpoint)
-        held = self.accelerator.unwrap_model(model if model is not None else self.model)
-        if takes_off(held):
-            held.load_state_dict(load_file(folder / RAW_NAME), strict=False)
-        else:
-            set_peft_model_state_dict(held, open_adapter(folder).load())
-
-
-def takes_off(model: PeftModel) -> bool:
-    """Whether the adapter takes its beginning off the base, so that its file is not what is in memory."""
-    return str(model.active_peft_config.init_lora_weights) in TAKES_OFF
-
-
-def raw_state(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The trained tensors of a model and what the adapter takes off the base, by their names in its state dict."""
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {
-        name: tensor.detach().cpu().contiguous()
-        for name, tensor in model.state_dict().items()
-        if name in trained or ".lora_offset." in name
-    }
+class AdapterTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc] # transformers has no types
+    """Trains a `PeftModel`."""
 
 
 class Told(TrainerCallback):  # type: ignore[misc] # transformers has no types
@@ -74,6 +36,19 @@ class Told(TrainerCallback):  # type: ignore[misc] # transformers has no types
         """After each step."""
         if state.is_world_process_zero:
             self._progress("train", state.global_step, state.max_steps)
+
+
+class Noted(TrainerCallback):  # type: ignore[misc] # transformers has no types
+    """Puts the settings of the run into each checkpoint."""
+
+    def __init__(self, settings: TrainConfig) -> None:
+        self._settings = settings
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        """After each checkpoint."""
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_atomic(folder / SETTINGS_NAME, settings_bytes(self._settings))
 
 
 def arguments_for(settings: TrainConfig, rows: int, *, evaluates: bool) -> TrainingArguments:
@@ -124,9 +99,8 @@ def world_size() -> int:
 
 
 def trainer_for(model: PeftModel, arguments: TrainingArguments, **parts: Any) -> AdapterTrainer:
-    """A trainer of a model that may be quantised."""
-    with _known_to_carry_adapters(model):
-        trainer = AdapterTrainer(model=model, args=arguments, **parts)
+    """A trainer that shows nothing by itself."""
+    trainer = AdapterTrainer(model=model, args=arguments, **parts)
     base = model.get_base_model()
     takes_any = any(
         item.kind is item.VAR_KEYWORD for item in inspect.signature(base.forward).parameters.values()
@@ -141,17 +115,3 @@ def trainer_for(model: PeftModel, arguments: TrainingArguments, **parts: Any) ->
         if found is not None:
             trainer.remove_callback(found)
     return trainer
-
-
-@contextmanager
-def _known_to_carry_adapters(model: PeftModel) -> Iterator[None]:
-    """Let the Trainer see that a quantised base carries adapters: it knows PEFT's class alone, and this mark."""
-    base: Any = model.get_base_model()
-    if not getattr(base, "is_quantized", False):
-        yield
-        return
-    base._hf_peft_config_loaded = True
-    try:
-        yield
-    finally:
-        del base._hf_peft_config_loaded

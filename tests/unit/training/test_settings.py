@@ -8,11 +8,11 @@ import pytest
 
 from lorakit import TrainConfig
 from lorakit.errors import AdapterFormatError, AdapterNotFoundError, ConfigError
-from lorakit.training.settings import read_settings
+from lorakit.training.settings import SETTINGS_NAME, check_same_adapter, read_settings, settings_bytes
 
 WRONG = {
     "model": "", "output": None, "data": 3, "eval_data": "", "eval_share": 0.6, "task": "PAINTING", "r": 0, "alpha": 0,
-    "dropout": 1.0, "targets": "q_proj", "modules_to_save": [3], "init": "eva", "dora": 1, "rslora": "yes", "epochs": 0,
+    "dropout": 1.0, "targets": "q_proj", "modules_to_save": [3], "init": "evva", "init_batches": 0, "dora": 1, "rslora": "yes", "epochs": 0,
     "max_steps": 0, "batch": 2.5, "accumulation": 0, "learning_rate": "fast", "optimizer": "adam", "schedule": "steep",
     "warmup": 2, "weight_decay": -1, "max_grad_norm": 0, "max_length": 1, "dtype": "int8", "load_in_4bit": "4",
     "gradient_checkpointing": None, "log_steps": 0, "eval_steps": 0, "save_steps": -1, "keep": 0, "seed": -1,
@@ -32,6 +32,35 @@ def test_lists_become_tuples_and_defaults_are_sound():
     assert made.targets == ("q", "v")
     with pytest.raises(ConfigError, match="eval_share: got a share beside eval_data"):
         TrainConfig(model="m", output="o", eval_data="x", eval_share=0.1)
+
+
+@pytest.mark.parametrize(
+    ("init", "four_bit", "message"),
+    [
+        ("corda", True, "'corda' begins from weights in full precision"),
+        ("lora_ga", True, "'lora_ga' begins from weights in full precision"),
+        ("loftq", False, "'loftq' makes up for what 4 bits take"),
+    ],
+)
+def test_beginnings_that_do_not_go_with_the_base_are_refused(init, four_bit, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(model="m", output="o", init=init, load_in_4bit=four_bit)
+    TrainConfig(model="m", output="o", init=init, load_in_4bit=not four_bit)
+
+
+def test_a_run_goes_on_with_the_adapter_that_it_began_with(tmp_path):
+    began = TrainConfig(model="m", output="o", r=8, targets=["q"])
+    check_same_adapter(began, tmp_path)  # a checkpoint without settings
+    (tmp_path / SETTINGS_NAME).write_bytes(settings_bytes(began))
+    check_same_adapter(TrainConfig(model="there", output="o", r=8, targets=["q"], epochs=9), tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        check_same_adapter(TrainConfig(model="m", output="o", r=4, targets=["q"], init="eva"), tmp_path)
+    for line in ("r: got 4, the run began with 8", "init: got 'eva', the run began with 'default'"):
+        assert line in str(caught.value)
+    assert "targets" not in str(caught.value)
+    (tmp_path / SETTINGS_NAME).write_bytes(b"{")
+    with pytest.raises(AdapterFormatError, match=r"settings\.json"):
+        check_same_adapter(began, tmp_path)
 
 
 def written(tmp_path, text):
