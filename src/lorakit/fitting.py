@@ -76,18 +76,16 @@ def without_base_copies(
 
 def _embeddings_in(plan: Plan, keys: Mapping[str, str]) -> dict[str, str]:
     """The keys of a file that are the base's embeddings, with the names of those."""
-    expected = expected_tensors(plan)
     embeddings = {id(weight) for weight in embedding_weights(plan.description.model)}
-    found = {}
+    nodes, found = plan.description.nodes, {}
     for key in keys:
-        name = key.replace(".base_layer.", ".")
-        owner, _, attribute = name.rpartition(".")
-        if key in expected or owner not in plan.description.nodes:
-            continue
-        parameter = plan.description.nodes[owner].module._parameters.get(attribute)
+        owner, _, attribute = key.replace(".base_layer.", ".").rpartition(".")
+        node = nodes.get(owner)
+        parameter = None if node is None else node.module._parameters.get(attribute)
         if parameter is not None and id(parameter) in embeddings:
-            found[key] = name
-    return found
+            found[key] = f"{owner}.{attribute}"
+    expected = expected_tensors(plan) if found else {}
+    return {key: name for key, name in found.items() if key not in expected}
 
 
 def embedding_weights(model: nn.Module) -> list[Tensor]:

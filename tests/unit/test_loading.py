@@ -16,6 +16,7 @@ from lorakit import (
     AutoPeftModelForSequenceClassification,
     LoraConfig,
     PeftModel,
+    fitting,
 )
 from lorakit.errors import (
     AdapterError,
@@ -375,6 +376,13 @@ def test_the_cost_does_not_grow_with_the_adapters_already_there(saved):
     peft.eval()
     counts = [calls_of(lambda i=i: peft.load_adapter(saved, f"number{i}")) for i in range(12)]
     assert counts[-1] <= 1.02 * counts[1]
+
+
+def test_what_a_file_should_hold_is_listed_once(saved, monkeypatch):
+    model, listed, real = PeftModel.from_pretrained(tiny(), saved), [], fitting.expected_tensors
+    monkeypatch.setattr(fitting, "expected_tensors", lambda plan: listed.append(plan) or real(plan))
+    model.load_adapter(saved, "second")
+    assert len(listed) == 1
 
 
 def test_only_the_first_adapter_is_activated(tmp_path):

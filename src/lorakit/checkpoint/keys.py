@@ -58,6 +58,8 @@ def apply_key_mapping(keys: Iterable[str], mapping: Mapping[str, str]) -> dict[s
     Raises:
         ConfigError: a pattern or replacement is not valid, or two keys would get the same name.
     """
+    if not mapping:
+        return {key: key for key in keys}
     rules = [_rule(pattern, replacement) for pattern, replacement in mapping.items()]
     renamed = {key: _renamed(key, rules) for key in keys}
     sources: dict[str, list[str]] = {}

@@ -101,14 +101,15 @@ class _Ends:
     def __init__(self, field: str, names: Iterable[str]) -> None:
         self._field = field
         self._hits = dict.fromkeys(names, False)
+        self._parts = sorted({name.count(".") + 1 for name in self._hits})
 
     def match(self, path: str) -> bool:
-        if not self._hits:
-            return False
-        found = [end for end in suffixes(path) if end in self._hits]
-        for end in found:
-            self._hits[end] = True
-        return bool(found)
+        found = False
+        for count in self._parts:  # as a rule only one: the last part of the path
+            end = ".".join(path.rsplit(".", count)[-count:])
+            if end in self._hits:
+                found = self._hits[end] = True
+        return found
 
     def holds_whole(self, path: str) -> bool:
         return path in self._hits
