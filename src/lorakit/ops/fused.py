@@ -26,7 +26,7 @@ from lorakit.ops.dropout import (
     zeroed,
 )
 from lorakit.ops.reference import PLAIN, lora_reference, must_compose
-from lorakit.ops.terms import in_autocast, product_dtype, result_dtype
+from lorakit.ops.terms import in_autocast, product_dtype, result_dtype, shaped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -275,11 +275,7 @@ def _linear(
     bias = None if b is None else _cast(b, call.products)
     out = linear(x2, weight.t() if call.transposed else weight, bias)
     hidden = _add_terms(out, x2, call, flat)
-    out = _cast(out, call.result)
-    if x.dim() != 2:
-        # Not `view`: autograd forbids writing into a view that a custom node returned, and users write into outputs.
-        out = torch.ops.aten._unsafe_view.default(out, (*x.shape[:-1], out.shape[-1]))
-    return out, hidden
+    return shaped(_cast(out, call.result), (*x.shape[:-1], out.shape[-1])), hidden
 
 
 def _keep(
@@ -328,7 +324,7 @@ def _gradients(
         own_needs = (need_x, *needs[3 * k : 3 * k + 3])
         dx2, own = _term_gradients(part, tensors, dy2, x2, dx2, needs=own_needs)
         grads += own
-    dx = None if dx2 is None else dx2.to(ctx.x_dtype).view(ctx.x_shape)
+    dx = None if dx2 is None else shaped(dx2.to(ctx.x_dtype), ctx.x_shape)
     return dx, grads
 
 

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from lorakit.ops.fused import is_frozen_base
 from lorakit.ops.reference import must_compose
-from lorakit.ops.terms import in_autocast, product_dtype, without_autocast
+from lorakit.ops.terms import in_autocast, product_dtype, shaped, without_autocast
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -162,10 +162,7 @@ class _Expand(torch.autograd.Function):
         needs = ctx.needs_input_grad[5:]
         kept = [h if need else None for h, need in zip(flat[0::3], needs[1::3], strict=True)]
         ctx.save_for_backward(W, *kept, *flat[1::3], *flat[2::3])
-        if x.dim() != 2:
-            # Not `view`: autograd forbids writing into a view that a custom node returned, and users write into outputs.
-            out = torch.ops.aten._unsafe_view.default(out, (*x.shape[:-1], out.shape[-1]))
-        return out, x
+        return shaped(out, (*x.shape[:-1], out.shape[-1])), x
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dx: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -177,7 +174,7 @@ class _Expand(torch.autograd.Function):
         with without_autocast(ctx.device_type):
             rows = _rows(dy.contiguous())
             weight = W.t() if ctx.transposed else W
-            dx = (rows @ weight).view(ctx.x_shape) if dx is None else _plus_product(dx, rows, weight)
+            dx = shaped(rows @ weight, ctx.x_shape) if dx is None else _plus_product(dx, rows, weight)
             for k, scaling in enumerate(ctx.scalings):
                 h, B, bias = saved[k], saved[count + k], saved[2 * count + k]
                 need_h, need_B, need_bias = ctx.needs_input_grad[5 + 3 * k : 8 + 3 * k]

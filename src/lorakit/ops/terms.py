@@ -1,4 +1,4 @@
-"""What the ops are given: one `Term` for each active adapter, and the dtype that its products are computed in.
+"""What the ops are given, one `Term` for each active adapter; the dtype of their products, and the shape of what they give.
 
 The dtype rule is `torch.nn.functional.linear`'s own: the dtype of the input, or autocast's inside autocast. One
 thing is added: a CPU that has no instructions for a half precision computes in float32 and rounds the result once.
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from contextlib import AbstractContextManager
 
     from torch import Tensor
@@ -86,3 +87,12 @@ def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     if dtype in emulated_dtypes() and x.device.type == "cpu" and x.numel() >= WIDEN_FROM_ROWS * x.shape[-1]:
         return torch.float32
     return dtype
+
+
+def shaped(fresh: Tensor, shape: Sequence[int]) -> Tensor:
+    """What a node computed, (rows, features), in the shape that it returns, and not as a view.
+
+    Autograd forbids writing into a view that a custom node returned, and users write into outputs; and to a gradient that
+    is a view it adds another one out of place.
+    """
+    return fresh if fresh.shape == shape else torch.ops.aten._unsafe_view.default(fresh, shape)

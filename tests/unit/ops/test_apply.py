@@ -245,6 +245,22 @@ def test_the_output_may_be_written_into(op):
 
 
 @OPS
+@pytest.mark.parametrize("shape", [(6, IN), (2, 3, IN)], ids=str)
+def test_the_gradient_of_the_input_is_no_view(op, shape):
+    """Autograd adds the gradients of other readers into it only then."""
+    x, found = make_x(shape), []
+    y = op(x, *make_base(), make_terms())
+    nodes = [y.grad_fn, *(parent for parent, _ in y.grad_fn.next_functions if parent is not None)]
+    for node in nodes:
+        if "Lora" in node.name():
+            node.register_hook(lambda grads, _: found.extend(g for g in grads if g is not None))
+    y.sum().backward()
+    inputs = [g for g in found if g.shape == x.shape]
+    assert inputs
+    assert not any(g._is_view() for g in inputs)
+
+
+@OPS
 def test_no_terms_is_the_base(op):
     W, b = make_base()
     x = make_x((6, IN))
