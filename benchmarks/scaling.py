@@ -92,36 +92,43 @@ def mixed_of_adapters(adapters: int, rounds: int) -> list[Row]:
 
 
 def merge_of_size(width: int, rounds: int) -> list[Row]:
-    """`merge_adapter` of one square weight; what was merged is taken out again outside of the timing."""
-    return [_merge(width, dtype, rounds) for dtype in (torch.float32, torch.bfloat16)]
+    """Merging into one square weight: for good, and so that it can be undone, which is done outside of the timing."""
+    dtypes = torch.float32, torch.bfloat16
+    return [_merge(width, dtype, rounds, for_good=for_good) for for_good in (False, True) for dtype in dtypes]
 
 
-def _merge(width: int, dtype: torch.dtype, rounds: int) -> Row:
+def _merge(width: int, dtype: torch.dtype, rounds: int, *, for_good: bool) -> Row:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(width, width, bias=False, dtype=dtype))
+    W = base[0].weight.detach().clone()
+    times: dict[str, list[float]] = {name: [] for name in (*LIBRARIES, "pass")}
+    for turn in range(rounds + 2):
+        models = dict(zip(LIBRARIES, _pair(base), strict=True))
+        merged = []
+        for name, model in models.items():
+            times[name].append(_timed(model.merge_and_unload if for_good else model.merge_adapter))
+            merged.append(model.base_model.model[0])
+        times["pass"].append(_timed(lambda: W.add_(W)))
+        W.copy_(base[0].weight.detach())
+        if not turn:
+            weights = [getattr(layer, "base_layer", layer).weight.detach() for layer in merged]
+            # PEFT rounds the change of a bf16 weight before it adds it
+            _same(*weights, 1e-5 if dtype is torch.float32 else 5e-3)
+            assert float((weights[0] - W).norm()) > 1e-3 * float(W.norm()), "the merge changes nothing"
+    what = "merge and unload" if for_good else "merge"
+    name = "fp32" if dtype is torch.float32 else "bf16"
+    return summarise(f"{what}, {width} x {width}, {name}", {key: values[2:] for key, values in times.items()})
+
+
+def _pair(base: nn.Module) -> tuple[nn.Module, ...]:
+    """Copies of the base with the same adapter, of either library."""
     fields = {"r": 16, "target_modules": ["0"], "init_lora_weights": False}
     ours, theirs = (
         library.get_peft_model(copy.deepcopy(base), library.LoraConfig(**fields))
         for library in LIBRARIES.values()
     )
     train_step.copy_adapter(ours, theirs)
-    W = base[0].weight.detach().clone()
-    models = {"lorakit": ours, "PEFT": theirs}
-    times: dict[str, list[float]] = {name: [] for name in (*models, "pass")}
-    for turn in range(rounds + 2):
-        for name, model in models.items():
-            times[name].append(_timed(model.merge_adapter))
-        times["pass"].append(_timed(lambda: W.add_(W)))
-        W.copy_(base[0].weight.detach())
-        if not turn:
-            merged = [model.base_model.model[0].base_layer.weight.detach() for model in models.values()]
-            # PEFT rounds the change of a bf16 weight before it adds it
-            _same(*merged, 1e-5 if dtype is torch.float32 else 5e-3)
-            assert float((merged[0] - W).norm()) > 1e-3 * float(W.norm()), "the merge changes nothing"
-        for model in models.values():
-            model.unmerge_adapter()
-    name = "fp32" if dtype is torch.float32 else "bf16"
-    return summarise(f"merge, {width} x {width}, {name}", {key: values[2:] for key, values in times.items()})
+    return ours, theirs
 
 
 def _timed(run: Callable[[], object]) -> float:

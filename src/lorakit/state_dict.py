@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lorakit.errors import AdapterNameError, AdapterStateError, KeyMismatchError, NonFiniteError
+from lorakit.ops import is_finite
 from lorakit.padding import file_entries
 from lorakit.surgery import find_registry
 from lorakit.tuner import LoraModel
@@ -125,7 +126,7 @@ def set_peft_model_state_dict(
     wrong += _contradictions({prefix + item.file_name: item.tensor for item in stored}, given)
     if wrong or (strict and (missing or unexpected)):
         raise KeyMismatchError("state dict", missing=missing, unexpected=unexpected, mismatched=wrong)
-    bad = [key for key in own if key in given and not given[key].isfinite().all()]
+    bad = [key for key in own if key in given and not is_finite(given[key])]
     if bad:
         raise NonFiniteError(f"these tensors hold NaN or infinity: {bad}; nothing was changed")
     with torch.no_grad():

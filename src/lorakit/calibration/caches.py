@@ -19,6 +19,7 @@ from lorakit.checkpoint.atomic import write_all, write_new
 from lorakit.checkpoint.digest import raw_bytes
 from lorakit.checkpoint.header import DTYPE_CODES, TensorInfo, build_header
 from lorakit.errors import AdapterFormatError, NonFiniteError, bullet_list
+from lorakit.ops import is_finite
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -52,7 +53,7 @@ def read_cache(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     wrong = [str(name) for name, value in found.items() if not _is_plain(value)]
     if wrong:
         raise AdapterFormatError(bullet_list(f"{path}: these are no tensors of floats", wrong[:10]))
-    bad = [name for name, tensor in found.items() if not bool(torch.isfinite(tensor).all())]
+    bad = [name for name, tensor in found.items() if not is_finite(tensor)]
     if bad:
         raise NonFiniteError(bullet_list(f"{path}: NaN or infinity; delete it to gather again", bad[:10]))
     return found

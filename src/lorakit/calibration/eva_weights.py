@@ -20,6 +20,7 @@ from lorakit.errors import ConfigError, KeyMismatchError, NonFiniteError
 from lorakit.fitting import with_ties_as_found, without_absent_ties
 from lorakit.layers import ParamWrapper, attention_parts
 from lorakit.loading import put_in_place
+from lorakit.ops import is_finite
 from lorakit.specs import FILE_NAMES
 from lorakit.state_dict import registry_of
 from lorakit.surgery import describe, make_plan
@@ -117,7 +118,7 @@ def _check(found: Mapping[str, Tensor], layers: Mapping[str, nn.Module], registr
             wrong.append(f"{path}: found {shape}, expected (rank, {width})")
     if unexpected or wrong:
         raise KeyMismatchError("eva_state_dict", unexpected=unexpected, mismatched=sorted(wrong))
-    bad = [path for path, tensor in found.items() if not bool(torch.isfinite(tensor).all())]
+    bad = [path for path, tensor in found.items() if not is_finite(tensor)]
     if bad:
         raise NonFiniteError(f"eva_state_dict: {bad} hold NaN or infinity")
     if layers and layers.keys() == found.keys() and not any(len(tensor) for tensor in found.values()):

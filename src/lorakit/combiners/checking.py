@@ -11,11 +11,10 @@ import torch
 from lorakit.combiners.registry import METHODS
 from lorakit.config import NearNames
 from lorakit.errors import ConfigError, NonFiniteError, bullet_list
+from lorakit.ops import is_finite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-
-    from torch import Tensor
 
     from lorakit.combiners.options import CombineOptions, Method
     from lorakit.types import Factors
@@ -80,8 +79,7 @@ def check_parts(method: str, parts: Sequence[Factors]) -> None:
     bad = [
         f"adapter {number}: {name} holds NaN or infinity"
         for number, part in enumerate(parts)
-        for name in ("A", "B", "bias")
-        if not all_finite(getattr(part, name))
+        for name in not_finite(part)
     ]
     bad += [
         f"adapter {n}: scaling is {p.scaling}" for n, p in enumerate(parts) if not math.isfinite(p.scaling)
@@ -90,9 +88,10 @@ def check_parts(method: str, parts: Sequence[Factors]) -> None:
         raise NonFiniteError(bullet_list(f"cannot combine by {method!r}", bad))
 
 
-def all_finite(x: Tensor | None) -> bool:
-    """Whether x holds neither NaN nor infinity; None does not. Its extremes show it, nine times as fast as `isfinite`."""
-    return x is None or all(math.isfinite(float(extreme)) for extreme in torch.aminmax(x.detach()))
+def not_finite(factors: Factors) -> list[str]:
+    """Which tensors of these factors hold NaN or infinity."""
+    tensors = {"A": factors.A, "B": factors.B, "bias": factors.bias}
+    return [name for name, tensor in tensors.items() if tensor is not None and not is_finite(tensor)]
 
 
 def _about_weights(count: int, weights: Sequence[float]) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorakit.combiners.checking import all_finite, check_parts, check_request
+from lorakit.combiners.checking import check_parts, check_request, not_finite
 from lorakit.combiners.options import Combined, CombineOptions, Job
 from lorakit.combiners.registry import METHODS
 from lorakit.errors import NonFiniteError
@@ -86,7 +86,7 @@ def _generator(seed: int | torch.Generator | None, device: torch.device) -> torc
 
 
 def _check_finite(factors: Factors, method: str) -> None:
-    bad = [name for name in ("A", "B", "bias") if not all_finite(getattr(factors, name))]
+    bad = not_finite(factors)
     if bad:
         raise NonFiniteError(
             f"combining by {method!r}: {', '.join(bad)} of the result does not fit into {factors.A.dtype}; "

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lorakit.errors import AdapterStateError, UnsupportedError
-from lorakit.layers.factors import begin, plain_linear
+from lorakit.errors import AdapterStateError
+from lorakit.layers.factors import begin
 from lorakit.layers.hooks import outside_autocast
-from lorakit.layers.prepared import Aside, PreparedMerge, all_finite, non_finite
+from lorakit.layers.prepared import Aside, PreparedMerge, non_finite, refuse_writing, standing_in
 from lorakit.layers.standin import stand_in
+from lorakit.ops import is_finite
 from lorakit.report import MergeReport
 from lorakit.weights import InFull
 
@@ -161,7 +162,7 @@ class MergingLayer(nn.Module, ABC):
         return bool(self.merged_adapters)
 
     def prepare_merge(
-        self, names: Sequence[str] | None = None, full: torch.dtype | None = None
+        self, names: Sequence[str] | None = None, full: torch.dtype | None = None, *, spent: bool = False
     ) -> PreparedMerge | None:
         """Compute a merge without installing it; None when there is nothing to merge here.
 
@@ -171,6 +172,8 @@ class MergingLayer(nn.Module, ABC):
         Args:
             names: default the active ones.
             full: of a quantised base, the dtype of the layer that is to stand in for it; None quantises again.
+            spent: the merge was checked (`check_merge`) and no other layer needs the original weight, so the
+                result may lie where it lies, written there by `commit_merge_for_good`.
 
         Raises:
             UnsupportedError: the base cannot be written, or an adapter has no place in it.
@@ -182,34 +185,23 @@ class MergingLayer(nn.Module, ABC):
             return None
         everything = (*self.merged_adapters, *new)
         original = self._original_state()
-        in_full = self.codec.on_grid and full is not None
-        if not self.codec.can_write and not in_full:
-            self._refuse_writing()
         codec = InFull(self.codec, full) if self.codec.on_grid and full is not None else self.codec
+        in_full = codec is not self.codec
+        if not self.codec.can_write and not in_full:
+            refuse_writing(self.codec, self.stored_base())
         with outside_autocast(original.weight.device):
-            state = self._merged_into(original, everything, codec)
+            state = self._merged_into(original._replace(spent=spent), everything, codec)
+        plain = standing_in(state, training=self.training) if in_full else None
+        if spent:
+            return PreparedMerge(self, everything, state, plain)
         # BLAS may treat a product with alpha = NaN as no product, so the adapters' own numbers are looked at too
-        culprits = [name for name in everything if not all_finite(self._numbers_of(name))]
+        culprits = [name for name in everything if not is_finite(*self._numbers_of(name))]
         numbers = [] if self.codec.on_grid and not in_full else [state.weight]
         if state.bias is not None:
             numbers.append(state.bias)
-        if culprits or not math.isfinite(state.error) or not all_finite(numbers):
+        if culprits or not math.isfinite(state.error) or not is_finite(*numbers):
             raise non_finite(everything, culprits)
-        return PreparedMerge(self, everything, state, self._standing_in(state) if in_full else None)
-
-    def _refuse_writing(self) -> None:
-        base = self.stored_base()
-        self.codec.read(base, torch.float32)  # says so itself where the weight cannot even be read
-        raise UnsupportedError(
-            f"cannot quantise a {self.codec.name} weight again ({type(base).__name__}); merge with dequantize=True, "
-            "which leaves the layer in full precision, or keep the adapter unmerged"
-        )
-
-    def _standing_in(self, state: WeightState) -> nn.Module:
-        plain = plain_linear(state.weight, state.bias)
-        plain.requires_grad_(requires_grad=False)
-        plain.training = self.training
-        return plain
+        return PreparedMerge(self, everything, state, plain)
 
     def prepare_alike(self, done: PreparedMerge) -> PreparedMerge:
         """The same merge for a layer whose weight and changes are those of the layer of `done` (tied ones)."""
@@ -243,8 +235,20 @@ class MergingLayer(nn.Module, ABC):
         self._install()
 
     def commit_merge_for_good(self, prepared: PreparedMerge) -> None:
-        """Install a prepared merge and let the original parameters go: there is no unmerge."""
+        """Install a prepared merge and let the original parameters go: there is no unmerge.
+
+        Once begun it is carried through; what interrupts it is raised then.
+        """
+        try:
+            self._settle(prepared)
+        except BaseException:
+            self._settle(prepared)
+            raise
+
+    def _settle(self, prepared: PreparedMerge) -> None:
         self._put_original()
+        if prepared.state.pending is not None:
+            prepared.state.pending.carry_on()
         if prepared.plain is None:
             self.codec.swap(self.get_base_layer(), prepared.state)
         else:

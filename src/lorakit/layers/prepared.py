@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import torch
 
-from lorakit.errors import NonFiniteError
+from lorakit.errors import NonFiniteError, UnsupportedError
+from lorakit.layers.factors import plain_linear
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from lorakit.layers.merging import MergingLayer
-    from lorakit.weights import WeightState
+    from lorakit.weights import WeightCodec, WeightState
 
 
 class PreparedMerge(NamedTuple):
@@ -39,13 +40,21 @@ class Aside(NamedTuple):
     plain: nn.Module
 
 
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no element of these is NaN or infinite.
+def standing_in(state: WeightState, *, training: bool) -> nn.Module:
+    """A plain linear layer in full precision that holds a state, frozen."""
+    plain = plain_linear(state.weight, state.bias)
+    plain.requires_grad_(requires_grad=False)
+    plain.training = training
+    return plain
 
-    The extremes are NaN if any element is. `tensor.isfinite()` would hold 1.75 times the tensor beside it (fp32).
-    """
-    ends = (torch.aminmax(tensor.detach()) for tensor in tensors if tensor.numel())
-    return all(bool(low.isfinite() & high.isfinite()) for low, high in ends)
+
+def refuse_writing(codec: WeightCodec, base: nn.Module) -> NoReturn:
+    """The error of a merge into a weight that cannot be written, or not even be read."""
+    codec.read(base, torch.float32)  # says so itself
+    raise UnsupportedError(
+        f"cannot quantise a {codec.name} weight again ({type(base).__name__}); merge with dequantize=True, "
+        "which leaves the layer in full precision, or keep the adapter unmerged"
+    )
 
 
 def non_finite(names: Sequence[str], culprits: Sequence[str]) -> NonFiniteError:

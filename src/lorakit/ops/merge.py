@@ -6,12 +6,14 @@ tile or whole, are equal bit for bit.
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -51,23 +53,72 @@ def merge_delta(
         `out`, or the fresh tensor, in W's dtype. Biases of the factors are not looked at.
     """
     result = torch.empty_like(W) if out is None else out
+    for write in _writes(W, result, factors, sign, transposed=transposed, rows=rows):
+        write()
+    return result
+
+
+class MergeInPlace:
+    """`merge_delta` into parts of a weight, which can be carried on after an interrupt: half a merge is no weight.
+
+    Args:
+        W: a weight, into which nobody else writes meanwhile; its version counts the writes, so it is no tensor of
+            inference mode.
+        parts: views of it, with the factors and the `rows` of each.
+        transposed: whether the parts are stored (in, out).
+    """
+
+    def __init__(
+        self,
+        W: Tensor,
+        parts: Sequence[tuple[Tensor, Sequence[Factors], Tensor | None]],
+        *,
+        transposed: bool = False,
+    ) -> None:
+        self._W, self._parts, self._transposed = W, parts, transposed
+        self._begun = W._version
+
+    @torch.no_grad()
+    def carry_on(self) -> None:
+        """Make the writes that have not been made yet."""
+        for write in islice(self._writes(), self._W._version - self._begun, None):
+            write()
+
+    def _writes(self) -> Iterator[Callable[[], object]]:
+        for part, factors, rows in self._parts:
+            yield from _writes(part, part, factors, transposed=self._transposed, rows=rows)
+
+
+def _writes(
+    W: Tensor,
+    out: Tensor,
+    factors: Sequence[Factors],
+    sign: float = 1.0,
+    *,
+    transposed: bool,
+    rows: Tensor | None,
+) -> Iterator[Callable[[], object]]:
+    """What a merge does to `out`, one change of it at a time; `out` is W itself, or apart from it."""
     wide = torch.float64 if W.dtype == torch.float64 else torch.float32
     pairs = [(f.A.t(), f.B.t(), f.scaling) if transposed else (f.B, f.A, f.scaling) for f in factors]
     pairs = [(left, right.to(W.device, wide), sign * scaling) for left, right, scaling in pairs]
     factor = None if rows is None else rows.to(W.device, wide).view((1, -1) if transposed else (-1, 1))
     step = tile_rows((W.shape[0], W.shape[1]))
+    scratch = None if W.dtype == wide else W.new_empty((min(step, W.shape[0]), W.shape[1]), dtype=wide)
     for start in range(0, W.shape[0], step):
         part = slice(start, start + step)
-        source, target = W[part], result[part]
-        if W.dtype == wide:
-            tile = target if target.data_ptr() == source.data_ptr() else target.copy_(source)
-        else:
-            tile = source.to(wide)
+        source, target = W[part], out[part]
+        tile = target if scratch is None else scratch[: len(source)]
+        changes = [] if tile.data_ptr() == source.data_ptr() else [partial(tile.copy_, source)]
         if factor is not None:
-            tile.mul_(factor if transposed else factor[part])
-        for left, right, alpha in pairs:
-            tile.addmm_(left[part].to(W.device, wide), right, alpha=alpha)
-        if tile is not target:
-            target.copy_(tile)
-        del tile  # or the next one would be made beside it
-    return result
+            changes.append(partial(tile.mul_, factor if transposed else factor[part]))
+        changes += [
+            partial(tile.addmm_, left[part].to(W.device, wide), right, alpha=alpha)
+            for left, right, alpha in pairs
+        ]
+        if scratch is None:
+            yield from changes
+        else:
+            for change in changes:
+                change()
+            yield partial(target.copy_, tile)

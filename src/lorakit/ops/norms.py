@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from lorakit.ops.finite import is_finite
+
 if TYPE_CHECKING:
     from lorakit.types import Factors
 
@@ -23,7 +25,7 @@ def frobenius_norm(f: Factors) -> float:
         The norm; NaN when a factor holds NaN or infinity.
     """
     A, B = f.A.double(), f.B.double()
-    if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
+    if not is_finite(A, B):
         return float("nan")
     R = torch.linalg.qr(B, mode="r").R
     return abs(f.scaling) * float(torch.linalg.matrix_norm(R @ A))

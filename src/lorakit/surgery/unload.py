@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from lorakit.errors import at_path
@@ -46,9 +48,8 @@ def merge_and_unload(
 ) -> nn.Module:
     """Merge adapters (default: the active ones) for good and give the plain model back.
 
-    First every layer is checked, then each is merged in turn and its former weight let go, so no more than one
-    layer's weight is held twice. Interrupted in between, the model computes the same and the call can be
-    repeated.
+    First every layer is checked, then each is merged in turn, into its own weight where nobody else would see that.
+    Interrupted in between, the model computes the same and the call can be repeated.
 
     Args:
         registry: of the model.
@@ -110,19 +111,28 @@ def _merge_for_good(
     # which layers share a weight has to be known before the first of them gets another
     everything = [*registry.merged, *names]
     sources = {layer: merged_with(layer, everything) for _, layer in order}
+    holders = _holders(registry.model, [layer for _, layer in order])
     kept: dict[MergingLayer, PreparedMerge] = {}
     for path, layer in progress(order):
         source = sources[layer]
         done = None if source is None else kept.get(source)
         with at_path(path):
             if done is None:
-                prepared = layer.prepare_merge(names, full.get(layer))
+                spent = holders[id(layer.original_weight)] == 1
+                prepared = layer.prepare_merge(names, full.get(layer), spent=spent)
             else:
                 prepared = layer.prepare_alike(done) if layer.mergeable(names) else None
         if prepared is not None:
             layer.commit_merge_for_good(prepared)
             if layer in sources.values():
                 kept[layer] = prepared
+
+
+def _holders(model: nn.Module, layers: Iterable[LoraLayer]) -> Counter[int]:
+    """How many need each parameter: modules that hold it, and merged layers that keep it aside."""
+    held = (parameter for module in model.modules() for parameter in module._parameters.values())
+    aside = (layer.original_weight for layer in layers if layer.merged)
+    return Counter(id(parameter) for parameter in chain(held, aside))
 
 
 def _take_off(registry: AdapterRegistry, whole: dict[str, nn.Module]) -> nn.Module:

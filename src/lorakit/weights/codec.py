@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from lorakit.layouts import Layout
+    from lorakit.ops import MergeInPlace
     from lorakit.types import Factors
 
 
@@ -30,7 +31,9 @@ class WeightState(NamedTuple):
     more: Any = None
     """What else a quantised base keeps of its weight, as its codec alone knows it."""
     spent: bool = False
-    """Nobody needs it any more: what is made of it may lie where it lay."""
+    """Nobody needs it any more: what is made of it may lie where it lies."""
+    pending: MergeInPlace | None = None
+    """What is still to be written into the weight, of a merged state that lies where a spent one lay."""
     error: float = 0.0
     """Of a merged state on a grid: what rounding to the grid took from the change, relative to the change."""
 
@@ -104,7 +107,7 @@ class WeightCodec(Protocol):
     ) -> WeightState:
         """`state` with the deltas of every adapter's blocks added, accumulated in fp32 and rounded once.
 
-        Of a `spent` state it may be the same parameter, with the sum written into it.
+        Of a `spent` state it may be the same parameter, with the sum still to be written into it (`pending`).
 
         `base` itself is only asked how it stores a weight. `rows`, (out,), multiplies each output's row of the former
         weight (not of the deltas, and no bias) first: adapters that rescale the weight (DoRA) need it.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lorakit.layouts import Layout, matrix_layout
-from lorakit.ops import merge_delta, merge_in_place
+from lorakit.ops import MergeInPlace, merge_delta
 from lorakit.weights.codec import WeightState
 from lorakit.weights.follow import follow
 from lorakit.weights.owned import is_owned_alone
@@ -110,9 +110,8 @@ class DenseCodec:
         layout = self.layout(base)
         if state.groups is not None:  # the base may hold an ungrouped weight now
             layout = Layout(layout.out, layout.row, groups=state.groups)
-        weight = add_blocks(layout, state.weight, adapters, rows, spent=state.spent)
-        bias = add_biases(state.bias, adapters)
-        return WeightState(weight, bias, 1 if state.groups else None)
+        new = add_to(layout, state, adapters, rows)
+        return new._replace(bias=add_biases(state.bias, adapters), groups=1 if state.groups else None)
 
     def swap(self, base: nn.Module, state: WeightState) -> WeightState:
         """Exchange the parameter objects."""
@@ -151,39 +150,50 @@ class DenseCodec:
         return cast("nn.Parameter | None", bias)
 
 
+def add_to(
+    layout: Layout,
+    state: WeightState,
+    adapters: Sequence[Sequence[Factors]],
+    rows: Tensor | None = None,
+) -> WeightState:
+    """`add_blocks` to the weight of a state; of a spent one where it lies, if in order and in memory of its own."""
+    weight = state.weight
+    in_place = state.spent and layout.groups == 1 and weight.is_contiguous() and is_owned_alone(weight)
+    if not in_place:
+        return state._replace(weight=add_blocks(layout, weight, adapters, rows), spent=False)
+    own = weight.detach()
+    parts = [
+        (part, blocks, gains)
+        for part, gains, *blocks in zip(layout.regions(own), _gains(layout, rows), *adapters, strict=True)
+    ]
+    return state._replace(spent=False, pending=MergeInPlace(own, parts, transposed=layout.transposed))
+
+
 @torch.no_grad()
 def add_blocks(
     layout: Layout,
     weight: nn.Parameter,
     adapters: Sequence[Sequence[Factors]],
     rows: Tensor | None = None,
-    *,
-    spent: bool = False,
 ) -> nn.Parameter:
     """A new parameter of `weight` plus every adapter's delta, each block in its own part of the weight.
 
-    `rows` (out,), where given, multiplies the rows of `weight` first. A `spent` weight itself is written into and
-    returned, if it lies in order in memory that is its own.
+    `rows` (out,), where given, multiplies the rows of `weight` first.
     """
-    # the outputs of each block; experts share theirs
-    each = [rows] * layout.blocks if rows is None or layout.experts else list(rows.chunk(layout.blocks))
-    if spent and layout.groups == 1 and weight.is_contiguous() and is_owned_alone(weight):
-        own = weight.detach()
-        parts = [
-            (part, blocks, gain)
-            for part, gain, *blocks in zip(layout.regions(own), each, *adapters, strict=True)
-        ]
-        merge_in_place(own, parts, transposed=layout.transposed)
-        return weight
     dense = layout.make_dense(weight.detach())
     flat = dense.contiguous()
     new = torch.empty_like(flat)
     regions = layout.regions(flat), layout.regions(new)
-    for source, target, own, *blocks in zip(*regions, each, *adapters, strict=True):
-        merge_delta(source, blocks, transposed=layout.transposed, out=target, rows=own)
+    for source, target, gains, *blocks in zip(*regions, _gains(layout, rows), *adapters, strict=True):
+        merge_delta(source, blocks, transposed=layout.transposed, out=target, rows=gains)
     if flat is not dense:  # channels_last, or a transposed view: the strides stay what they were
         new = torch.empty_like(dense).copy_(new)
     return nn.Parameter(new, requires_grad=weight.requires_grad)
+
+
+def _gains(layout: Layout, rows: Tensor | None) -> Sequence[Tensor | None]:
+    """The factors on the outputs of each block; experts share theirs."""
+    return [rows] * layout.blocks if rows is None or layout.experts else rows.chunk(layout.blocks)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import nn
 
 from lorakit.layouts import Layout, matrix_layout
 from lorakit.weights.codec import WeightState
-from lorakit.weights.dense import add_blocks, is_dense
+from lorakit.weights.dense import add_to, is_dense
 from lorakit.weights.follow import follow
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class ParameterCodec:
         rows: Tensor | None = None,
     ) -> WeightState:
         """W + sum of the deltas, expert by expert."""
-        return WeightState(add_blocks(self.layout(base), state.weight, adapters, rows, spent=state.spent))
+        return add_to(self.layout(base), state, adapters, rows)
 
     def swap(self, base: nn.Module, state: WeightState) -> WeightState:
         """Exchange the parameter objects."""

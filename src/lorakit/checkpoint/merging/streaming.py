@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from lorakit.checkpoint.atomic import write_all
 from lorakit.checkpoint.copying import copy_bytes
 from lorakit.checkpoint.digest import raw_bytes
 from lorakit.checkpoint.merging.fitting import FLOATS
 from lorakit.checkpoint.merging.tiles import Ready, rounded
 from lorakit.errors import AdapterFormatError
+from lorakit.ops import is_finite
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import torch
 
     from lorakit.checkpoint.merging.changes import Change
     from lorakit.checkpoint.merging.output import OutFile, OutTensor, Segment
@@ -104,5 +105,4 @@ class Streamer:
 
 def _converted(part: torch.Tensor, tensor: OutTensor) -> torch.Tensor:
     """Untouched numbers in another dtype; those that are finite must stay so."""
-    finite = torch.isfinite(part).all()
-    return rounded(part, tensor.info.dtype, tensor.name) if finite else part.to(tensor.info.dtype)
+    return rounded(part, tensor.info.dtype, tensor.name) if is_finite(part) else part.to(tensor.info.dtype)
