@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from lorakit.layers.holding import HoldingLayer
 
-_NO_FACTORS = frozenset({"base_layer", "lora_dropout", "lora_offset", "token_adapter"})
+NO_FACTORS = frozenset({"base_layer", "lora_dropout", "lora_offset", "token_adapter"})
+"""The parts of a layer that hold no parameters by adapter."""
 PLAIN = frozenset({nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Identity, nn.Dropout, PartHolder})
 """Modules of an adapter that hold their parameters themselves and no modules, unlike what FSDP or a parametrization made
 of one."""
@@ -34,7 +35,7 @@ def flag_factors(layer: HoldingLayer, names: Collection[str]) -> set[str]:
     if layer._modules["token_adapter"] is not None:
         left.update(layer.adapters)
     for part, holder in layer._modules.items():
-        if holder is None or part in _NO_FACTORS:
+        if holder is None or part in NO_FACTORS:
             continue
         for name, module in holder._modules.items():
             if name in left or module is None or type(module) not in PLAIN:

@@ -116,6 +116,7 @@ def put(
         _add_slots(registry, plan, name, slots, tensors)
         _replace_base(registry, factors, undo)
         registry.configs[name] = plan.config
+        registry.board.add(name)
         registry.misfits[name] = {path: new.misfit for path, new in factors.items() if new.misfit is not None}
         undo.pop_all()
     return registry
@@ -303,10 +304,12 @@ def _shared(model: torch.nn.Module) -> tuple[tuple[str, ...], ...]:
 def thaw(registry: AdapterRegistry) -> None:
     """Give the base parameters the flags that they had before the first adapter came.
 
-    By name, since a merge for good puts new parameters in the old places.
+    By name, since a merge for good puts new parameters in the old places. Those made in inference mode cannot be
+    trained, and torch refuses to flag them.
     """
     for name, parameter in registry.model.named_parameters(remove_duplicate=False):
-        parameter.requires_grad_(registry.flags.get(name, parameter.requires_grad))
+        if not parameter.is_inference():
+            parameter.requires_grad_(registry.flags.get(name, parameter.requires_grad))
 
 
 def _forget(registry: AdapterRegistry) -> None:

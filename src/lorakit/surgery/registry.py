@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from lorakit.errors import AdapterNameError, AdapterStateError, UnsupportedError, at_path
 from lorakit.layers import Owner, ParamWrapper
 from lorakit.layers.slot import single_owner
+from lorakit.layers.switchboard import Switchboard, switch
 from lorakit.layers.tied import merged_with
+from lorakit.layers.tokens import TokenRows
 from lorakit.report import MergeReport
 from lorakit.surgery.naming import Names
 from lorakit.surgery.paths import joined
@@ -58,6 +60,7 @@ class AdapterRegistry:
         active: names of the active adapters.
         enabled: whether adapters act at all.
         owner: stands for the model in what a call chooses for itself.
+        board: where layers hold the adapters' parameters, for `set_active`.
         replication: the deeper list of layers that the adapters are for, or None.
         misfits: by adapter and path how well a base that its scheme quantised, and it, stand for the weight before.
         checkpointing: modules that may run their layers again in backward, once somebody asked; else None.
@@ -76,6 +79,7 @@ class AdapterRegistry:
         self.active: tuple[str, ...] = ()
         self.enabled = True
         self.owner = Owner()
+        self.board = Switchboard()
         self.replication: Replication | None = None
         self.checkpointing: list[nn.Module] | None = None
         self.misfits: dict[str, dict[str, Misfit]] = {}
@@ -106,9 +110,10 @@ class AdapterRegistry:
         for owner in owners:
             single_owner(names, owner.adapters, "own the same module or parameter of the base model")
         for path, layer in self.layers.items():
-            if layer.token_adapter is not None:
+            rows = layer._modules["token_adapter"]  # as an attribute it costs ten times as much
+            if isinstance(rows, TokenRows):
                 with at_path(path):
-                    layer.token_adapter.check_apart(names)
+                    rows.check_apart(names)
 
     def check_unmerged(self, what: str) -> None:
         """Refuse `what`, which would change or misread merged weights.
@@ -140,8 +145,9 @@ class AdapterRegistry:
             warnings.warn(f"unmerging {list(self.merged)} to change the active adapters", stacklevel=3)
             self.unmerge()
         self.active = names
-        for layer in self.layers.values():
-            layer.set_adapter(names, inference_mode=inference_mode)
+        self.board = switch(
+            self.board, self.layers.values(), self.configs.keys(), names, trains=not inference_mode
+        )
         for wrapper in self.saved.values():
             wrapper.set_adapter(names, inference_mode=inference_mode)
         for slot in self.slots.values():
@@ -322,6 +328,7 @@ class AdapterRegistry:
         """Take off whatever there is of an adapter, also when it was put on only in part."""
         self.configs.pop(name, None)
         self.misfits.pop(name, None)
+        self.board.forget(name)
         for path, layer in list(self.layers.items()):
             if name in layer.adapters:
                 layer.remove(name)
@@ -352,6 +359,7 @@ class AdapterRegistry:
     def unwrap(self, path: str) -> None:
         """Take a layer off: what it wraps, be it another wrapper of the same module, takes its place."""
         places = self.places.pop(path, ())
+        self.board = Switchboard()  # it would keep the layer
         self.layers[path].release()
         inner = self.layers[path].base_layer
         self.put(places, inner)
