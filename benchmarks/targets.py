@@ -48,7 +48,7 @@ TARGETS = (
     Target("training step, bf16, fp32 adapters", "train_step", "bf16 base, fp32 adapters, p=0, d=1024*[0-9]", 1.40),
     Target("the same over the frozen step", "train_step", "bf16 base, fp32 adapters, p=0, d=1024*[0-9]", 1.15, most=True),
     Target("training step, bf16, fp32 adapters, dropout", "train_step", "bf16 base, fp32 adapters, p=0.05, d=1024*[0-9]", 1.5),
-    Target("training step, compiled, bf16", "train_step", "*compile*[0-9]", 1.55),
+    Target("training step, compiled, over PEFT eager, bf16", "train_step", "*compiled, PEFT eager*[0-9]", 1.55),
     Target("training step, checkpointed, dropout", "train_step", "*checkpoint*p=0.05*[0-9]", 1.65),
     Target("training step, fp32", "train_step", "fp32, p=0, d=1024*[0-9]", 1.06),
     Target("training step, fp32, dropout", "train_step", "fp32, p=0.05, d=1024*[0-9]", 1.13),

@@ -1,14 +1,15 @@
 """One training step of a small Llama: lorakit against PEFT and against the floor.
 
 The floor is the frozen base without adapters, with gradients to its inputs only. Before timing, both sides get
-the same weights and must agree on loss and gradients. Run: python -m benchmarks.train_step [--quick]
+the same weights and must agree on loss and gradients. Compiled models must compile in one graph, without compiling
+again; that takes minutes, so a quick run leaves them out. Run: python -m benchmarks.train_step [--quick]
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import peft
 import torch
@@ -35,6 +36,7 @@ class Size(NamedTuple):
 
 
 FULL, QUICK = Size(1024, 2816, 4, 512), Size(512, 1408, 2, 128)
+COMPILED = Size(1024, 2816, 2, 512)
 SMALL = Size(256, 704, 2, 64)
 """For bf16 on a CPU without bf16 arithmetic, where one product of the full size takes seconds."""
 
@@ -66,13 +68,22 @@ def copy_adapter(source: nn.Module, target: nn.Module) -> None:
                 theirs[name].copy_(parameter)
 
 
-def step(model: nn.Module, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Forward and backward; the gradients are dropped as an optimizer's zero_grad would."""
-    embed = model.get_input_embeddings()
+def _called(model: nn.Module, call: Callable[..., Any] | None) -> Callable[..., Any]:
+    return model if call is None else call
+
+
+def step(
+    model: nn.Module, ids: torch.Tensor, call: Callable[..., Any] | None = None
+) -> Callable[[], torch.Tensor]:
+    """Forward and backward; the gradients are dropped as an optimizer's zero_grad would.
+
+    `call` is what calls the model, where that is not the model itself.
+    """
+    embed, forward = model.get_input_embeddings(), _called(model, call)
 
     def run() -> torch.Tensor:
         inputs = embed(ids).detach().requires_grad_()
-        loss = model(inputs_embeds=inputs, labels=ids).loss
+        loss = forward(inputs_embeds=inputs, labels=ids).loss
         loss.backward()
         for parameter in model.parameters():
             parameter.grad = None
@@ -81,8 +92,8 @@ def step(model: nn.Module, ids: torch.Tensor) -> Callable[[], torch.Tensor]:
     return run
 
 
-def saved_bytes(model: nn.Module, ids: torch.Tensor) -> int:
-    """Bytes that autograd keeps for backward, each storage once, without parameters."""
+def saved_bytes(model: nn.Module, ids: torch.Tensor, call: Callable[..., Any] | None = None) -> int:
+    """Bytes that autograd keeps for backward, each storage once, without parameters; `call` as in `step`."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 
@@ -94,14 +105,16 @@ def saved_bytes(model: nn.Module, ids: torch.Tensor) -> int:
 
     inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(inputs_embeds=inputs, labels=ids).loss
+        loss = _called(model, call)(inputs_embeds=inputs, labels=ids).loss
     del loss
     return sum(kept.values())
 
 
-def gradients(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+def gradients(
+    model: nn.Module, ids: torch.Tensor, call: Callable[..., Any] | None = None
+) -> dict[str, torch.Tensor]:
     inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
-    model(inputs_embeds=inputs, labels=ids).loss.backward()
+    _called(model, call)(inputs_embeds=inputs, labels=ids).loss.backward()
     found = {name: p.grad.float() for name, p in model.named_parameters() if p.grad is not None}
     for parameter in model.parameters():
         parameter.grad = None
@@ -110,7 +123,11 @@ def gradients(model: nn.Module, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def check_agreement(ours: nn.Module, theirs: nn.Module, ids: torch.Tensor, tolerance: float) -> float:
     """Largest relative difference of a gradient; refuses to time two sides that compute different things."""
-    mine, other = gradients(ours, ids), gradients(theirs, ids)
+    return difference(gradients(ours, ids), gradients(theirs, ids), tolerance)
+
+
+def difference(mine: dict[str, torch.Tensor], other: dict[str, torch.Tensor], tolerance: float) -> float:
+    """The largest relative one of two sets of gradients, which must be no more than the tolerance."""
     assert mine.keys() == other.keys()
     worst = max(((mine[name] - other[name]).norm() / other[name].norm()).item() for name in mine)
     assert worst <= tolerance, f"gradients differ by {worst:.2e}"
@@ -136,7 +153,8 @@ class Case(NamedTuple):
     prepare: Callable[[LlamaForCausalLM], None] = keeping_all
 
 
-def compare(name: str, case: Case, *, size: Size, rounds: int) -> tuple[Row, dict[str, float]]:
+def sides(case: Case, size: Size) -> tuple[dict[str, nn.Module], torch.Tensor]:
+    """Both sides with equal adapters and the frozen base, and a batch."""
     _, dtype, dropout, autocast_adapters, prepare = case
     frozen = base_model(dtype, size)
     frozen.requires_grad_(False)
@@ -157,21 +175,51 @@ def compare(name: str, case: Case, *, size: Size, rounds: int) -> tuple[Row, dic
     copy_adapter(ours, theirs)
     shape = (size.batch, size.sequence)
     ids = torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(0))
+    return {"lorakit": ours, "PEFT": theirs, "frozen": frozen}, ids
+
+
+def compare(name: str, case: Case, *, size: Size, rounds: int) -> tuple[Row, dict[str, float]]:
+    models, ids = sides(case, size)
+    ours, theirs = models["lorakit"], models["PEFT"]
     for model in (ours, theirs):
         model.eval()
-    difference = check_agreement(ours, theirs, ids, 1e-4 if dtype == torch.float32 else 0.05)
+    apart = check_agreement(ours, theirs, ids, 1e-4 if case.dtype == torch.float32 else 0.05)
     for model in (ours, theirs):
         model.train()
-    row = interleave(
-        name,
-        {"lorakit": step(ours, ids), "PEFT": step(theirs, ids), "frozen": step(frozen, ids)},
-        rounds=rounds,
-    )
-    memory = {
-        key: saved_bytes(model, ids) / 2**20
-        for key, model in (("lorakit", ours), ("PEFT", theirs), ("frozen", frozen))
+    row = interleave(name, {key: step(model, ids) for key, model in models.items()}, rounds=rounds)
+    memory = {key: saved_bytes(model, ids) / 2**20 for key, model in models.items()}
+    return row, {**memory, "gradient difference": apart}
+
+
+def compiled(size: Size, rounds: int) -> tuple[list[Row], dict[str, dict[str, float]]]:
+    """All three compiled, and PEFT as it is beside them: a row for each way of PEFT, and what each keeps."""
+    models, ids = sides(CASES[0], size)
+    torch._dynamo.reset()
+    calls = {key: torch.compile(model, fullgraph=True) for key, model in models.items()}
+    eager = gradients(models["PEFT"], ids)
+    apart = {
+        key: difference(gradients(models[key], ids, calls[key]), eager, 0.05) for key in ("lorakit", "PEFT")
     }
-    return row, {**memory, "gradient difference": difference}
+    variants = {key: step(model, ids, calls[key]) for key, model in models.items()}
+    variants["PEFT eager"] = step(models["PEFT"], ids)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        found = interleave("", variants, rounds=rounds)
+    memory = {key: saved_bytes(model, ids, calls[key]) / 2**20 for key, model in models.items()}
+    rows, kept = [], {}
+    for other, words in (("PEFT", "all compiled"), ("PEFT eager", "compiled, PEFT eager")):
+        name = f"{CASES[0].name}, {words}, d={size.hidden} L={size.layers}"
+        peers = {"PEFT": other, "frozen": "frozen"}
+        rows.append(
+            Row(
+                name,
+                {key: found.milliseconds[own] for key, own in {"lorakit": "lorakit", **peers}.items()},
+                {key: found.ratio[own] for key, own in peers.items()},
+                {key: found.spread[own] for key, own in peers.items()},
+            )
+        )
+        kept[name] = {**memory, "gradient difference": apart["lorakit"]}
+    kept[name]["PEFT"] = saved_bytes(models["PEFT"], ids) / 2**20
+    return rows, kept
 
 
 CASES = [
@@ -191,6 +239,14 @@ def size_for(dtype: torch.dtype, *, quick: bool) -> Size:
     return QUICK if quick else FULL
 
 
+def show(row: Row, saved: dict[str, float]) -> None:
+    print(
+        f"{row.name:<62}{row.milliseconds['lorakit']:>8.0f}{row.ratio['PEFT']:>10.2f} ±{row.spread['PEFT']:.2f}"
+        f"{1 / row.ratio['frozen']:>13.2f}{saved['lorakit']:>15.1f}{saved['PEFT']:>8.1f}{saved['frozen']:>8.1f}",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="two layers, shorter texts, few rounds")
@@ -198,7 +254,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rows, memory = [], {}
     print(
-        f"{'training step':<60}{'ms':>8}{'PEFT/ours':>16}{'ours/frozen':>13}   saved MiB: ours, PEFT, frozen"
+        f"{'training step':<62}{'ms':>8}{'PEFT/ours':>16}{'ours/frozen':>13}   saved MiB: ours, PEFT, frozen"
     )
     for case in CASES:
         size = size_for(case.dtype, quick=quick)
@@ -207,11 +263,13 @@ def main() -> None:
         row, saved = compare(name, case, size=size, rounds=rounds)
         rows.append(row)
         memory[name] = saved
-        print(
-            f"{name:<60}{row.milliseconds['lorakit']:>8.0f}{row.ratio['PEFT']:>10.2f} ±{row.spread['PEFT']:.2f}"
-            f"{1 / row.ratio['frozen']:>13.2f}{saved['lorakit']:>15.1f}{saved['PEFT']:>8.1f}{saved['frozen']:>8.1f}",
-            flush=True,
-        )
+        show(row, saved)
+    if not quick and size_for(torch.bfloat16, quick=False) is FULL:
+        more, saved_by_name = compiled(COMPILED, rounds=15)
+        for row in more:
+            show(row, saved_by_name[row.name])
+        rows += more
+        memory |= saved_by_name
     if keeps(full=not quick):
         save("train_step", rows, {"saved_mib": memory})
 
