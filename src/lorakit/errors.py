@@ -56,17 +56,18 @@ class AdapterFormatError(AdapterError, ValueError):
 
 
 class KeyMismatchError(AdapterError, ValueError):
-    """The tensors of a file are not those that the adapter needs.
+    """The tensors of a file are not those that the adapter, or what else they are for, needs.
 
     Attributes:
-        missing: keys that the adapter needs and the file does not have.
-        unexpected: keys of the file that the adapter has no place for.
+        missing: keys that are needed and the file does not have.
+        unexpected: keys of the file that there is no place for.
         mismatched: one line for each tensor whose shape is not the one needed.
     """
 
     def __init__(
         self,
         where: str,
+        what: str = "the adapter",
         *,
         missing: Iterable[str] = (),
         unexpected: Iterable[str] = (),
@@ -79,7 +80,7 @@ class KeyMismatchError(AdapterError, ValueError):
         lines = [f"missing: {key}" for key in self.missing]
         lines += [f"unexpected: {key}" for key in self.unexpected]
         lines += [f"wrong shape: {line}" for line in self.mismatched]
-        super().__init__(bullet_list(f"{where}: its tensors do not fit the adapter", lines, hint))
+        super().__init__(bullet_list(f"{where}: its tensors do not fit {what}", lines, hint))
 
 
 class NonFiniteError(AdapterError, ValueError):

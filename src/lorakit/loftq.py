@@ -216,7 +216,7 @@ def _originals(
             wrong.append(f"{name}: found {shape}, expected {expected}")
     if missing or wrong:
         hint = "Wanted are the weights of the base model before it was quantised."
-        raise KeyMismatchError(where, missing=missing, mismatched=wrong, hint=hint)
+        raise KeyMismatchError(where, "the model", missing=missing, mismatched=wrong, hint=hint)
     return _Originals(source, names, frozenset(turned))
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from lorakit.checkpoint.hub import resolve_model_config
 from lorakit.config import TaskType
 from lorakit.errors import AdapterFormatError, AdapterNotFoundError, ConfigError, UnsupportedError
 
@@ -45,7 +45,7 @@ def read_model_config(source: Any) -> Any:
 
     Args:
         source: a config object, a model that has one, a folder with `config.json` or that file, or a repository of the
-            hub. A path that exists is never looked up on the hub, nor is anything that is written like a path.
+            hub, `user/name`.
 
     Raises:
         AdapterNotFoundError: there is none.
@@ -62,21 +62,18 @@ def read_model_config(source: Any) -> Any:
                 f"{type(source).__name__} has no transformers config; pass a model that has one, or its folder"
             )
         return config
-    local = Path(source).expanduser()
-    folder = local.parent if local.name == MODEL_CONFIG else local
-    if folder.exists() and not (folder / MODEL_CONFIG).is_file():
+    found = resolve_model_config(source)
+    folder = found.parent if found.name == MODEL_CONFIG else found
+    if not (folder / MODEL_CONFIG).is_file():
         raise AdapterNotFoundError(f"{folder}: no {MODEL_CONFIG} in it; is it the folder of a model?")
-    if not folder.exists() and (not isinstance(source, str) or _like_a_path(source)):
-        raise AdapterNotFoundError(
-            f"{source}: no such folder; wanted the folder of a model with {MODEL_CONFIG}"
-        )
     try:
-        if folder.exists():
-            return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        return transformers.AutoConfig.from_pretrained(os.fspath(source))
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        kind = AdapterFormatError if folder.exists() else AdapterNotFoundError
-        raise kind(f"{source}: its config cannot be read: {_first_line(error)}") from error
+        raise AdapterFormatError(
+            f"{source}: its config cannot be read: {_first_line(error)} Mend or restore {MODEL_CONFIG}, or update transformers"
+        ) from error
+    config._name_or_path = os.fspath(source)
+    return config
 
 
 def build_skeleton(source: Any, task: TaskType | str | None = None, dtype: torch.dtype | None = None) -> Any:
@@ -120,10 +117,6 @@ def _named_class(transformers: Any, config: Any) -> Any:
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
     return None
-
-
-def _like_a_path(text: str) -> bool:
-    return text.startswith((".", "~", "/")) or "\\" in text or text.count("/") > 1
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 
-from lorakit import PeftModel, combine, diff, extract, inspect_adapter, resize
+from lorakit import PeftModel, combine, diff, doctor, extract, inspect_adapter, resize
 from models import ids, logits, tiny_bert, tiny_llama
 
 pytestmark = [
@@ -120,3 +120,28 @@ def test_combined(tmp_path):
     there = peft.PeftModel.from_pretrained(base, tmp_path / "c").eval()
     with torch.no_grad():
         torch.testing.assert_close(there(ids()).logits, made.eval()(ids()).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["pissa", "olora"])
+def test_the_way_that_doctor_names_for_a_file_of_a_changed_base(tmp_path, scheme):
+    """A file that PEFT saved without converting it: merged by PEFT, and taken out of that."""
+    base = tiny_llama().eval()
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"], init_lora_weights=scheme)
+    trained = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape) * 0.3)
+        wanted = trained(ids()).logits
+    trained.save_pretrained(tmp_path / "raw")
+    (found,) = (each for each in doctor(tmp_path / "raw") if each.check == "changed-base")
+    rank = int(found.fix.rpartition("--rank ")[2].rstrip("."))
+    merged = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "raw").merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    told = extract(tmp_path / "base", tmp_path / "merged", tmp_path / "plain", rank=rank)
+    assert max(layer.error for layer in told.layers) < 1e-4
+    mine = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "plain").eval()
+    torch.testing.assert_close(logits(mine), wanted, rtol=1e-3, atol=1e-4)
+    assert float((wanted - logits(base)).abs().max()) > 2e-2
+    assert not [each for each in doctor(tmp_path / "plain", tmp_path / "base") if each.level == "error"]

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from lorakit.checkpoint.layout import SUFFIX, TEMPORARY
+from lorakit.errors import AdapterError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -43,6 +44,33 @@ def locked(folder: Path) -> Iterator[bool]:
         yield held
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it; after an exception those that were made go again, if nothing is in them."""
+    absent = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for each in absent:
+                if os.path.lexists(each):
+                    each.rmdir()
+        raise
+
+
+@contextmanager
+def naming(place: Path, outcome: str) -> Iterator[None]:
+    """Let an error of the disk name the output and what became of it, not a temporary file or nothing at all."""
+    try:
+        yield
+    except OSError as error:
+        named = error.filename is not None and TEMPORARY not in str(error.filename)
+        if isinstance(error, AdapterError) or named or error.errno is None:
+            raise
+        raise OSError(error.errno, f"{error.strerror}; {outcome}", str(place)) from error
 
 
 def remove_leftovers(folder: Path) -> None:

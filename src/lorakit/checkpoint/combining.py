@@ -16,7 +16,7 @@ import torch
 
 from lorakit.checkpoint.keys import natural_key, to_file_key
 from lorakit.checkpoint.sites import ROWS, Site, carries_parameters, owner_of, read_source
-from lorakit.checkpoint.storing import refuse_existing, silent, stored_sites, tied_sites
+from lorakit.checkpoint.storing import refuse_existing, refuse_twice, silent, stored_sites, tied_sites
 from lorakit.checkpoint.writing import write_adapter
 from lorakit.combiners import check_request, combine
 from lorakit.config import combined_config
@@ -94,6 +94,8 @@ def combine_adapters(
         read_source(path, instead="load the adapters on a model and call add_weighted_adapter()")
         for path in paths
     ]
+    refuse_twice([source.where for source in sources])
+    _check_related(sources)
     numbers = [float(weight) for weight in weights]
     combined, kept = _combined_sites(sources, numbers, method, options, progress)
     rows = _combined_rows(sources, numbers)
@@ -112,6 +114,18 @@ def combine_adapters(
 
 
 # ---- combining ----------------------------------------------------------------------------------------
+
+
+def _check_related(sources: Sequence[Source]) -> None:
+    """Refuse adapters of different models: none has a weight in common with another, and they say so themselves."""
+    names = {source.config.base_model_name_or_path: source.where for source in sources}
+    places = [place for source in sources for place in {*source.sites, *source.rows, *source.rest}]
+    if len(sources) > 1 and len(names) == len(sources) and all(names) and len(places) == len(set(places)):
+        told = ", ".join(f"{where} for {name!r}" for name, where in names.items())
+        raise ConfigError(
+            f"the adapters have no weight in common, and name different bases ({told}): combine adapters of one base; if it "
+            "is one, give them its name in base_model_name_or_path"
+        )
 
 
 def _combined_sites(

@@ -99,7 +99,7 @@ def parse_header(
     if length > MAX_HEADER:
         raise AdapterFormatError(
             f"{where}: its header claims {length:,} bytes, at most {MAX_HEADER:,} are read; "
-            "not a safetensors file, or damaged"
+            "not a safetensors file, or damaged; copy or download it again"
         )
     if length < 2 or length > size - 8:
         raise AdapterFormatError(
@@ -109,7 +109,7 @@ def parse_header(
     raw = read(length)
     if len(raw) != length or raw[:1] != b"{":
         raise AdapterFormatError(
-            f"{where}: its header is not a JSON object; not a safetensors file, or damaged"
+            f"{where}: its header is not a JSON object; not a safetensors file, or damaged; copy or download it again"
         )
     if raw.count(b'"data_offsets"') > MAX_TENSORS:
         raise AdapterFormatError(f"{where}: more than {MAX_TENSORS:,} tensors; an adapter has far fewer")
@@ -167,8 +167,12 @@ def _tensors(
         problems = _gaps(placed, size)
     if problems:
         shown = problems[:_SHOWN] + ["and maybe more"] * (len(problems) >= _SHOWN)
-        hint = "The file is damaged or was not written as an adapter; copy it again or convert it."
-        raise AdapterFormatError(bullet_list(f"{where}: its header is not valid", shown, hint))
+        hint = "damaged, or not written as such a file; copy or download it again, or convert it"
+        if len(shown) == 1:
+            raise AdapterFormatError(f"{where}: {shown[0]}; {hint}")
+        raise AdapterFormatError(
+            bullet_list(f"{where}: its header is not valid", shown, f"The file is {hint}.")
+        )
     return {name: info for _, _, name, info in placed}
 
 

@@ -84,7 +84,7 @@ def open_shards(folder: str | os.PathLike[str]) -> ModelShards:
     """
     path = Path(folder).expanduser()
     if not path.is_dir():
-        raise AdapterNotFoundError(f"{path}: no such folder; a base is a folder with {SINGLE} or {INDEX}")
+        raise AdapterNotFoundError(f"{path}: not a folder; a checkpoint is a folder with {SINGLE} or {INDEX}")
     files, index = _files(path)
     headers: dict[str, Header] = {}
     stamps: dict[str, Stamp] = {}

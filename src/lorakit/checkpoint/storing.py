@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,6 +38,20 @@ def refuse_existing(folder: Path, *, overwrite: bool) -> None:
         raise ConfigError(
             f"{folder}: an adapter is there already; choose another folder, or pass overwrite=True (--overwrite)"
         )
+
+
+def refuse_twice(folders: Sequence[str | Path]) -> None:
+    """Refuse a folder that is given more than once, though its adapter can only be meant once.
+
+    Raises:
+        ConfigError: it is.
+    """
+    seen: dict[str, str | Path] = {}
+    for folder in folders:
+        if seen.setdefault(os.path.realpath(folder), folder) is not folder:
+            raise ConfigError(
+                f"{folder}: is given twice; give it once, and a weight (--weight 2) if it is to count double"
+            )
 
 
 def module_pattern(path: str) -> str:

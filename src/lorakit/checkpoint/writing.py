@@ -17,14 +17,22 @@ from __future__ import annotations
 
 import os
 import re
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorakit.checkpoint.atomic import flush_folder, locked, remove_leftovers, write_all, write_new
+from lorakit.checkpoint.atomic import (
+    flush_folder,
+    locked,
+    made,
+    naming,
+    remove_leftovers,
+    write_all,
+    write_new,
+)
 from lorakit.checkpoint.digest import DIGEST_LENGTH, Digest, digest_order, raw_bytes
 from lorakit.checkpoint.files import (
     CONFIG_NAME,
@@ -43,7 +51,7 @@ from lorakit.config import strict_json
 from lorakit.errors import AdapterError, AdapterFormatError, NonFiniteError, bullet_list
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor
 
@@ -78,16 +86,14 @@ def write_adapter(
     path = Path(folder)
     text = strict_json.dumps(dict(config))
     _refuse(path, text, tensors)
-    with _named(path):
-        path.mkdir(parents=True, exist_ok=True)
-        with locked(path) as alone:
-            if alone:
-                remove_leftovers(path)
-            _replace_pair(path, text, tensors)
-            written = [path / CONFIG_NAME, path / WEIGHTS_NAME]
-            if readme is not None and _may_write_readme(path):
-                _replace_readme(path, readme)
-                written.append(path / README_NAME)
+    with naming(path, "the adapter was not saved"), made(path), locked(path) as alone:
+        if alone:
+            remove_leftovers(path)
+        _replace_pair(path, text, tensors)
+        written = [path / CONFIG_NAME, path / WEIGHTS_NAME]
+        if readme is not None and _may_write_readme(path):
+            _replace_readme(path, readme)
+            written.append(path / README_NAME)
     return written
 
 
@@ -196,14 +202,3 @@ def _replace_readme(folder: Path, readme: str) -> None:
         with suppress(OSError):
             os.unlink(new)  # noqa: PTH108
         raise
-
-
-@contextmanager
-def _named(folder: Path) -> Iterator[None]:
-    """Give an error of a bare system call the name of the folder."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, AdapterError) or error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, f"{error.strerror}; the adapter was not saved", str(folder)) from error

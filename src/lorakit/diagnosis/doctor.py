@@ -25,6 +25,16 @@ if TYPE_CHECKING:
     from lorakit.checkpoint.reading import AdapterFile
 
 _ORDER = ("error", "warning", "note")
+_SAVE_AGAIN = (
+    "Save it again as plain LoRA where it was trained: lorakit does so by itself, PEFT with save_pretrained(..., "
+    "path_initial_model_for_weight_conversion=...)."
+)
+_TAKE_OUT = (
+    " With the file alone: load it with PEFT onto the original base, where the scheme changes the weights once more as it did "
+    "then; save what merge_and_unload() gives; take the adapter out of that: lorakit extract BASE MERGED -o ADAPTER --rank {}."
+)
+_REPEATS = frozenset({"pissa", "olora"})
+"""Schemes that make the same of a weight each time, and need nothing but the weight."""
 _STOPS = frozenset({"git-lfs-pointer", "in-subfolder", "no-weights", "foreign-format", "unreadable"})
 
 
@@ -44,7 +54,7 @@ def doctor(adapter: str | os.PathLike[str], base: Any = None) -> list[Finding]:
 
     Raises:
         AdapterNotFoundError: there is no such adapter or base.
-        AdapterFormatError, ConfigError: the base's config cannot be read, or makes no model for the adapter's task.
+        AdapterFormatError: the base's config cannot be read.
         UnsupportedError: a base is given, and transformers is not installed.
     """
     folder = resolve_adapter(adapter, allow_pickle_bin=True)
@@ -99,7 +109,7 @@ def _config(file: AdapterFile) -> tuple[LoraConfig | None, list[Finding]]:
     try:
         check_supported(config, loading=True)
     except UnsupportedError as error:
-        found += [_unsupported(line, where) for line in str(error).split("\n  - ")[1:]]
+        found += [_unsupported(line, where, config) for line in str(error).split("\n  - ")[1:]]
     if not config.base_model_name_or_path:
         found.append(
             Finding(
@@ -112,10 +122,15 @@ def _config(file: AdapterFile) -> tuple[LoraConfig | None, list[Finding]]:
     return config, found
 
 
-def _unsupported(line: str, where: str) -> Finding:
+def _unsupported(line: str, where: str, config: LoraConfig) -> Finding:
     what, _, rest = line.partition("; ")
-    raw = line.startswith("init_lora_weights")
-    check = "changed-base" if raw else "unsupported"
+    if line.startswith("init_lora_weights"):
+        way = _TAKE_OUT.format(2 * config.r) * (config.init_lora_weights in _REPEATS)
+        return Finding("error", "changed-base", where, what, _SAVE_AGAIN + way)
     return Finding(
-        "error", check, where, what, rest[:1].upper() + rest[1:] if rest else "lorakit cannot load it."
+        "error",
+        "unsupported",
+        where,
+        what,
+        rest[:1].upper() + rest[1:] if rest else "lorakit cannot load it.",
     )

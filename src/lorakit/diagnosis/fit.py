@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorakit.checkpoint.keys import PREFIX, to_file_key
 from lorakit.diagnosis.finding import Finding, some
-from lorakit.errors import AdapterError, KeyMismatchError, PlanError
+from lorakit.errors import AdapterError, ConfigError, KeyMismatchError, PlanError
 from lorakit.fitting import compare, file_keys, without_absent_ties
 from lorakit.skeleton import build_skeleton, read_model_config
 from lorakit.surgery import describe, make_plan
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lorakit.config import LoraConfig
     from lorakit.surgery import Plan
 
+_OTHER_BASE = "Is this the base that the adapter was made for?"
 _HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 
 
@@ -34,20 +35,24 @@ def fit_findings(file: AdapterFile, config: LoraConfig, base: Any) -> Iterator[F
         base: as `build_skeleton` takes it.
 
     Raises:
-        AdapterNotFoundError, AdapterFormatError, UnsupportedError, ConfigError: there is no such base.
+        AdapterNotFoundError, AdapterFormatError, UnsupportedError: there is no such base.
     """
     base_config = _prepared(read_model_config(base), file, config)
-    model = build_skeleton(base_config, config.task_type)
     yield from _name_findings(config, base_config)
+    try:
+        model = build_skeleton(base_config, config.task_type)
+    except ConfigError as error:
+        yield Finding("error", "wrong-base", type(base_config).__name__, str(error), _OTHER_BASE)
+        return
     where = type(model).__name__
     try:
         plan = make_plan(model, replace(config, inference_mode=True), source="file")
     except PlanError as error:
         for problem in error.problems:
-            yield Finding("error", "plan", where, problem, "Is this the base that the adapter was made for?")
+            yield Finding("error", "plan", where, problem, _OTHER_BASE)
         return
     except AdapterError as error:
-        yield Finding("error", "plan", where, str(error), "Is this the base that the adapter was made for?")
+        yield Finding("error", "plan", where, str(error), _OTHER_BASE)
         return
     kinds = sorted({spec.kind for spec in plan.specs})
     yield Finding(

@@ -12,7 +12,7 @@ from lorakit.checkpoint.header import DTYPE_CODES
 from lorakit.checkpoint.merging.names import make_names
 from lorakit.checkpoint.merging.weight import WeightReader
 from lorakit.checkpoint.shards import ShardReader
-from lorakit.errors import UnsupportedError
+from lorakit.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -102,6 +102,9 @@ def find_changes(
 
     Two are the same if they have the same numbers, those of the base rounded to the dtype of the other; or if they differ
     by no more than `tolerance` of the norm.
+
+    Raises:
+        ConfigError: no tensor is in both with one shape.
     """
     found = {}
     names = list(dict.fromkeys(known.values()))
@@ -112,6 +115,12 @@ def find_changes(
         if change is not None and not (change.size is not None and change.size <= tolerance):
             found[name] = change
     progress("comparing", len(names), len(names))
+    if len(found) == len(names) and all(change.size is None for change in found.values()):
+        some = next(iter(found.values()))
+        raise ConfigError(
+            f"{base.folder} and {tuned.folder} are not of one model: no weight of one can be taken off its counterpart "
+            f"({some}); give the base that was fine-tuned"
+        )
     return found
 
 

@@ -147,7 +147,8 @@ def extract(
         What became of each weight.
 
     Raises:
-        ConfigError: the request is not sound, a name means nothing, nothing changed, or `output` holds an adapter.
+        ConfigError: the request is not sound, a name means nothing, nothing changed, the two are not of one model, or
+            `output` holds an adapter.
         AdapterNotFoundError, AdapterFormatError: a checkpoint cannot be read.
         NonFiniteError: a change holds NaN or infinity.
         UnsupportedError: a checkpoint is quantised or not of safetensors; or tensors changed that the adapter has no place

@@ -163,7 +163,7 @@ CASES = {
     "kohya keys": (
         foreign_keys("lora_unet_a.lora_down.weight", "lora_unet_a.alpha"), "foreign-format", "error", "kohya", "convert", False,
     ),
-    "cut": (cut, "unreadable", "error", "header is not valid", "Copy", False),
+    "cut": (cut, "unreadable", "error", "cut off", "Copy", False),
     "flipped bit": (flipped, "digest", "error", "damaged or changed", "Copy", False),
     "edited config": (edited, "two-configs", "warning", "lora_alpha", "", False),
     "wrong value": (lambda f: refielded(f, r=-1), "config", "error", "r: got -1", "Correct", False),
@@ -171,7 +171,10 @@ CASES = {
     "unknown field": (lambda f: refielded(f, shiny=1), "unknown-fields", "note", "shiny", "", False),
     "no base": (lambda f: refielded(f, drop=["base_model_name_or_path"]), "no-base-name", "note", "is empty", "", False),
     "pissa as it is": (
-        lambda f: refielded(f, init_lora_weights="pissa"), "changed-base", "error", "'pissa'", "Save it again", False,
+        lambda f: refielded(f, init_lora_weights="pissa"), "changed-base", "error", "'pissa'", "--rank 8.", False,
+    ),
+    "corda as it is": (
+        lambda f: refielded(f, init_lora_weights="corda"), "changed-base", "error", "'corda'", "weight_conversion=...).", False,
     ),
     "megatron": (lambda f: refielded(f, megatron_config={"a": 1}), "unsupported", "error", "megatron_config", "", False),
     "no prefix": (

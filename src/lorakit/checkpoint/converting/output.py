@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lorakit.checkpoint.atomic import flush_folder, write_all, write_new
+from lorakit.checkpoint.atomic import flush_folder, made, naming, write_all, write_new
 from lorakit.checkpoint.digest import digest_order, raw_bytes
 from lorakit.checkpoint.header import TensorInfo, build_header
 from lorakit.checkpoint.layout import SUFFIX, TEMPORARY
-from lorakit.errors import AdapterError, ConfigError
+from lorakit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -36,8 +36,7 @@ def write_file(target: Path, fill: Fill, *, overwrite: bool) -> None:
         OSError: the disk refused. What was there is there still.
     """
     refuse_taken(target, overwrite=overwrite)
-    with _named(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with naming(target, "nothing was written"), made(target.parent):
         new = target.with_name(_temporary())
         try:
             write_new(new, fill, like=target)
@@ -58,8 +57,7 @@ def write_folder(target: Path, files: Mapping[str, Fill], *, overwrite: bool) ->
         OSError: the disk refused. What was there is there still.
     """
     _refuse_folder(target, files, overwrite=overwrite)
-    with _named(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with naming(target, "nothing was written"), made(target.parent):
         new, old = target.with_name(_temporary()), target.with_name(_temporary())
         try:
             new.mkdir()
@@ -139,14 +137,3 @@ def _exchange(new: Path, target: Path, old: Path) -> None:
 
 def _temporary() -> str:
     return f"{TEMPORARY}convert-{os.getpid()}-{os.urandom(8).hex()}{SUFFIX}"
-
-
-@contextmanager
-def _named(target: Path) -> Iterator[None]:
-    """Give an error of a bare system call the name of the output."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, AdapterError) or error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, f"{error.strerror}; nothing was written", str(target)) from error

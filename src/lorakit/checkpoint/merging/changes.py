@@ -301,6 +301,7 @@ class Gathering:
             hints.append("Pass strict=False (--no-strict) to merge what is there.")
         raise KeyMismatchError(
             str(adapter.file.weights_path),
+            "the base",
             missing=missing,
             unexpected=shown,
             mismatched=wrong,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lorakit.checkpoint.atomic import made, naming
 from lorakit.checkpoint.hub import resolve_adapter, resolve_model
 from lorakit.checkpoint.merging.carrying import read_carried, repaired_config, small_files
 from lorakit.checkpoint.merging.changes import Gathering, check_apart
@@ -29,6 +30,7 @@ from lorakit.checkpoint.merging.ties import find_ties
 from lorakit.checkpoint.merging.weight import Weight, WeightReader
 from lorakit.checkpoint.merging.work import check_outside, check_target, working_on
 from lorakit.checkpoint.shards import CONFIG, INDEX, ShardReader, open_shards
+from lorakit.checkpoint.storing import refuse_twice
 from lorakit.config import strict_json
 from lorakit.errors import ConfigError, UnsupportedError
 
@@ -148,13 +150,19 @@ def merge_checkpoint(
     numbers = _checked_weights(weights, len(paths))
     wanted = Layouting(_checked_dtype(dtype), parse_size(max_shard_size))
     folders = [resolve_adapter(path) for path in paths]
+    refuse_twice(folders)
     check_target(target, overwrite=overwrite)
     shards = open_shards(resolve_model(base))
     check_outside(target, [shards.folder, *folders])
     parts = [open_parts(folder, number) for folder, number in zip(folders, numbers, strict=True)]
     job = _plan(shards, parts, wanted, strict=strict)
     fingerprint = _fingerprint(shards, parts, wanted, job)
-    with working_on(target, fingerprint, overwrite=overwrite) as work:
+    kept = "there is no output yet; the same call goes on from the files that were finished"
+    with (
+        naming(target, kept),
+        made(target.parent),
+        working_on(target, fingerprint, overwrite=overwrite) as work,
+    ):
         _check_space(target, job, [work.folder / name for name in work.resumed])
         done = sum(file.size for file in job.files if work.is_done(file.name))
         with ShardReader(shards) as reader:
