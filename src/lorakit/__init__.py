@@ -96,6 +96,7 @@ if TYPE_CHECKING:
         PeftModelForTokenClassification,
     )
     from lorakit.tools import combine
+    from lorakit.training.checkpoints import AdapterTrainerMixin
     from lorakit.training.run import TrainResult, train
     from lorakit.training.settings import TrainConfig
     from lorakit.tuner import LoraModel
@@ -185,6 +186,7 @@ _HOMES = {
         "PeftModelForTokenClassification",
     ),
     "tools": ("combine",),
+    "training.checkpoints": ("AdapterTrainerMixin",),
     "training.run": ("TrainResult", "train"),
     "training.settings": ("TrainConfig",),
     "tuner": ("LoraModel",),

@@ -49,13 +49,13 @@ def adapted(kind, task="by kind"):
     return lorakit.get_peft_model(build(kind), config)
 
 
-def trainer_for(model, rows, folder, **options):
+def trainer_for(model, rows, folder, kind=Trainer, **options):
     chosen = {"max_steps": 8, "save_steps": 4, "logging_steps": 1, "learning_rate": 1e-2} | options
     arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=4, report_to="none", use_cpu=True, bf16=False,
         disable_tqdm=True, **chosen,
     )  # fmt: skip
-    return Trainer(model=model, args=arguments, train_dataset=rows)
+    return kind(model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:4])
 
 
 def state_of(model):

@@ -260,8 +260,8 @@ def test_a_quantised_base_is_marked_only_while_the_trainer_is_made(bases):
     )
     base = model.get_base_model()
     with checkpoints._known_to_carry_adapters(model):
-        assert not hasattr(base, "_hf_peft_config_loaded")
+        assert not base._hf_peft_config_loaded
     base.is_quantized = True
     with checkpoints._known_to_carry_adapters(model):
         assert base._hf_peft_config_loaded
-    assert not hasattr(base, "_hf_peft_config_loaded")
+    assert not base._hf_peft_config_loaded

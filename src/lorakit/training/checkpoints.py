@@ -7,6 +7,7 @@ state.
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import shutil
 from contextlib import contextmanager
@@ -18,12 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lorakit.api import get_peft_model
+from lorakit.checkpoint.keys import from_file_key
 from lorakit.checkpoint.reading import open_adapter
-from lorakit.errors import KeyMismatchError, UnsupportedError
+from lorakit.errors import KeyMismatchError
 from lorakit.exporting import offsets_of
 from lorakit.layers.varied import Offset
 from lorakit.peft_model import PeftModel
-from lorakit.state_dict import set_peft_model_state_dict
+from lorakit.saving import save_adapters
+from lorakit.state_dict import registry_of, set_peft_model_state_dict
+from lorakit.surgery import find_registry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,40 +42,57 @@ _STATE_NAME = "trainer_state.json"
 
 
 class AdapterTrainerMixin:
-    """Put before a transformers Trainer or one of TRL's, it keeps the adapter alone in checkpoints.
+    """Put before a transformers Trainer, or one of TRL's, it keeps the adapter alone in checkpoints.
 
     `class MyTrainer(AdapterTrainerMixin, Trainer)`. A checkpoint is an adapter folder, which loads like any other, with
-    the Trainer's own state beside it; resuming and `load_best_model_at_end` read it. Quantised bases are trained, and so
-    are bases with tied weights, of which the Trainer by itself, which knows PEFT's class alone, can write no checkpoint.
-    What goes wrong while a checkpoint is written leaves the ones before it.
+    the Trainer's own state beside it; resuming and `load_best_model_at_end` read it. The Trainer by itself knows PEFT's
+    class alone: it writes the base into each checkpoint, fails there where weights are tied, refuses quantised bases, and
+    does not see which columns and labels a base takes. What goes wrong while a checkpoint is written leaves those before.
+
+    The model is a `PeftModel`, or one that adapters were injected into, such as `peft_model.get_base_model()`, which
+    trainers want that replace a model's forward (TRL's `SFTTrainer`).
+
+    Raises:
+        AdapterNameError: the model carries no adapter.
     """
 
     args: Any
     accelerator: Any
     model: Any
     state: Any
+    _signature_columns: Any
 
     def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
         with _known_to_carry_adapters(model):
             super().__init__(model, *args, **kwargs)  # type: ignore[call-arg] # the Trainer's
-        self._adapted()
+        registry, _ = registry_of(self._own())
+        self._look_into(registry.model)
 
-    def _adapted(self) -> PeftModel:
-        found = self.accelerator.unwrap_model(self.model)
-        if not isinstance(found, PeftModel):
-            raise UnsupportedError(
-                f"{type(self).__name__} trains a lorakit PeftModel, got a {type(found).__name__}; call get_peft_model() "
-                "first, and pass no peft_config to the trainer"
-            )
+    def _look_into(self, base: nn.Module) -> None:
+        """Learn from the base what the Trainer looked for in the class of the model."""
+        from transformers.utils import can_return_loss, find_labels
+
+        if self.args.label_names is None:
+            self.label_names = find_labels(type(base))
+            self.can_return_loss = can_return_loss(type(base))
+        self._base_columns = [*inspect.signature(base.forward).parameters, *self.label_names]
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()  # type: ignore[misc] # the Trainer's
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self._base_columns]))
+
+    def _own(self) -> nn.Module:
+        """The model without what the Trainer puts around it."""
+        found: nn.Module = self.accelerator.unwrap_model(self.model)
         return found
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
-        model = self._adapted()
-        model.save_pretrained(folder)
-        if _takes_off(model):
+        folder, model = Path(output_dir or self.args.output_dir), self._own()
+        registry, _ = registry_of(model)
+        save_adapters(registry, folder)
+        if any(offsets_of(registry, name) for name in registry.active):
             save_file(_raw_state(model), folder / RAW_NAME)
         tokenizer = getattr(self, "processing_class", None)
         if tokenizer is not None:
@@ -80,13 +101,15 @@ class AdapterTrainerMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         folder = Path(resume_from_checkpoint)
-        held = self._adapted() if model is None else self.accelerator.unwrap_model(model)
+        held = self._own() if model is None else self.accelerator.unwrap_model(model)
         if (folder / RAW_NAME).exists():
             _take_raw(held, folder / RAW_NAME)
             return
-        for name in held.peft_config:
-            place = folder if name == "default" else folder / name
-            set_peft_model_state_dict(held, open_adapter(place).load(), name)
+        registry, prefix = registry_of(held)
+        for name in registry.configs:
+            tensors = open_adapter(folder if name == "default" else folder / name).load()
+            own = {prefix + from_file_key(key): tensor for key, tensor in tensors.items()}
+            set_peft_model_state_dict(held, own, name)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -129,13 +152,7 @@ def _refused(error: BaseException, folder: Path) -> OSError:
 # ---- adapters whose file is not what is in memory -------------------------------------------------------------
 
 
-def _takes_off(model: PeftModel) -> bool:
-    """Whether an active adapter takes its beginning off the base."""
-    registry = model.base_model.registry
-    return any(offsets_of(registry, name) for name in registry.active)
-
-
-def _raw_state(model: PeftModel) -> dict[str, torch.Tensor]:
+def _raw_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """The trained tensors of a model and what adapters take off the base, by their names in its state dict."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {
@@ -145,7 +162,7 @@ def _raw_state(model: PeftModel) -> dict[str, torch.Tensor]:
     }
 
 
-def _take_raw(model: PeftModel, path: Path) -> None:
+def _take_raw(model: nn.Module, path: Path) -> None:
     tensors = load_file(path)
     own = _raw_state(model)
     wrong = [
@@ -190,8 +207,8 @@ def attach_raw(base: nn.Module, config: LoraConfig, path: Path) -> PeftModel:
 @contextmanager
 def _known_to_carry_adapters(model: Any) -> Iterator[None]:
     """Let the Trainer see that a quantised base carries adapters: it knows PEFT's class alone, and this mark."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else None
-    if not getattr(base, "is_quantized", False):
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not getattr(base, "is_quantized", False) or find_registry(base) is None:
         yield
         return
     base._hf_peft_config_loaded = True
