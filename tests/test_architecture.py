@@ -16,7 +16,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 # A module may import from floors below its own; within a floor only as DESIGN's table says (see `may_import`).
 FLOORS = {
-    "errors": 0, "types": 0, "layouts": 0, "specs": 0, "report": 0, "config": 0,
+    "errors": 0, "later": 0, "types": 0, "layouts": 0, "specs": 0, "report": 0, "config": 0,
     "ops": 1,
     "weights": 2,
     "init": 3, "combiners": 3, "variants": 3,
@@ -43,23 +43,28 @@ def module_name(path: Path) -> str:
 
 
 def imports(path: Path, *, at_run_time: bool) -> set[str]:
-    """Modules of lorakit that a file imports; `at_run_time` leaves out those for type checking only."""
+    """Modules of lorakit that a file imports, also `Later`; `at_run_time` leaves out those for type checking only."""
     found: set[str] = set()
 
     def visit(node: ast.AST) -> None:
-        if at_run_time and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            return
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names if alias.name.split(".")[0] == "lorakit")
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             if node.module and node.module.split(".")[0] == "lorakit":
-                found.add(node.module)
-        for child in ast.iter_child_nodes(node):
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                found.update((names & MODULES) or {node.module})
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Later":
+            found.add(ast.literal_eval(node.args[0]))
+        checked_only = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        for child in node.orelse if at_run_time and checked_only else ast.iter_child_nodes(node):
             visit(child)
 
     visit(ast.parse(path.read_text()))
-    return found
+    return {name for name in found if name.split(".")[0] == "lorakit"}
+
+
+MODULES = {module_name(path) for path in FILES}
 
 
 def test_every_room_has_a_floor() -> None:
@@ -137,20 +142,22 @@ def measure_import(statement: str) -> dict[str, object]:
     return {"seconds": seconds, "modules": set(modules)}
 
 
+HEAVY = {
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "torchao",
+    "accelerate",
+    "typer",
+    "rich",
+    "matplotlib",
+    "hqq",
+}
+
+
 def test_import_is_light() -> None:
     modules = measure_import("import lorakit")["modules"]
-    heavy = {
-        "transformers",
-        "peft",
-        "bitsandbytes",
-        "torchao",
-        "accelerate",
-        "typer",
-        "rich",
-        "matplotlib",
-        "hqq",
-    }
-    assert not heavy & modules, f"import lorakit loads {sorted(heavy & modules)}"
+    assert not HEAVY & modules, f"import lorakit loads {sorted(HEAVY & modules)}"
 
 
 def test_import_costs_little_over_torch() -> None:
@@ -161,3 +168,41 @@ def test_import_costs_little_over_torch() -> None:
     assert len(ours) <= 1.2 * len(torch_only)
     assert len(with_all - torch_only) < 1000
     assert "transformers" not in with_all
+
+
+NAMES = "from lorakit import LoraConfig, PeftModel, get_peft_model"
+ATTACH = (
+    f"{NAMES}; from torch import nn; "
+    "get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=['0']))"
+)
+
+
+def test_names_alone_load_what_they_are_and_no_more() -> None:
+    """What attaching, loading and merging need comes when one of these is asked for; nor is anything else loaded."""
+    more = measure_import(NAMES)["modules"] - measure_import("import torch, tqdm.auto")["modules"]
+    rooms = {name.split(".")[1] for name in more if name.startswith("lorakit.")}
+    assert rooms == {
+        "api",
+        "config",
+        "configs",
+        "errors",
+        "later",
+        "peft_model",
+        "penalties",
+        "putting",
+        "tasks",
+        "tuner",
+    }
+    assert {name.split(".")[0] for name in more} == {"lorakit"}
+
+
+def test_attaching_loads_no_more_than_it_needs() -> None:
+    modules = measure_import(ATTACH)["modules"]
+    unneeded = {"checkpoint", "combiners", "hotswap", "loading", "saving", "status", "weighted"}
+    assert not {f"lorakit.{room}" for room in unneeded} & modules
+    assert {name for name in modules if name.startswith("lorakit.variants.")} == ATTACHING_VARIANTS
+    assert "regex" not in modules
+    assert not HEAVY & modules
+
+
+ATTACHING_VARIANTS = {f"lorakit.variants.{name}" for name in ("registry", "variant", "alora", "nothing")}

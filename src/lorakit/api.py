@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 from lorakit.config import LoraConfig, check_adapter_name
 from lorakit.errors import AdapterStateError, UnsupportedError
-from lorakit.loading import attach_tensors
+from lorakit.later import Later
 from lorakit.putting import prepare_config, put_on
-from lorakit.surgery import Plan, make_plan
 from lorakit.tasks import PeftModel
 from lorakit.tuner import check_bare
 
@@ -18,6 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor, nn
+
+    from lorakit import loading, surgery
+    from lorakit.surgery import Plan
+else:
+    loading = Later("lorakit.loading", globals())
+    surgery = Later("lorakit.surgery", globals())
 
 
 def plan(model: nn.Module, config: LoraConfig, *, autocast_adapter_dtype: bool = True) -> Plan:
@@ -27,7 +32,9 @@ def plan(model: nn.Module, config: LoraConfig, *, autocast_adapter_dtype: bool =
         ConfigError, UnsupportedError, PlanError: what `get_peft_model` would raise.
     """
     inner = find_inner(model)
-    return make_plan(inner, prepare_config(inner, config), autocast_adapter_dtype=autocast_adapter_dtype)
+    return surgery.make_plan(
+        inner, prepare_config(inner, config), autocast_adapter_dtype=autocast_adapter_dtype
+    )
 
 
 def get_peft_model(
@@ -104,7 +111,7 @@ def inject_adapter_in_model(
         registry = put_on(model, peft_config, adapter_name)
     else:
         check_adapter_name(adapter_name)
-        registry = attach_tensors(model, prepare_config(model, peft_config), adapter_name, state_dict)
+        registry = loading.attach_tensors(model, prepare_config(model, peft_config), adapter_name, state_dict)
     registry.set_active([adapter_name], inference_mode=peft_config.inference_mode)
     return model
 

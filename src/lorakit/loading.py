@@ -90,6 +90,24 @@ class LoadOptions:
     autocast_adapter_dtype: bool = True
 
 
+_ALWAYS_SO = frozenset({"low_cpu_mem_usage"})
+
+
+def sort_options(options: Mapping[str, Any], **load: Any) -> tuple[LoadOptions, HubOptions]:
+    """Keyword arguments by what they say: how to load (`load` does, too), and where from.
+
+    Raises:
+        TypeError: an unknown keyword.
+    """
+    hub = {name: value for name, value in options.items() if name in HubOptions.__dataclass_fields__}
+    more = {name: value for name, value in options.items() if name in LoadOptions.__dataclass_fields__}
+    unknown = sorted(set(options) - set(hub) - set(more) - _ALWAYS_SO)
+    if unknown:
+        known = sorted({**HubOptions.__dataclass_fields__, **LoadOptions.__dataclass_fields__})
+        raise TypeError(f"unknown arguments {unknown}; known are {known}")
+    return LoadOptions(**load, **more), HubOptions(**hub)
+
+
 def load_onto(
     model: nn.Module, source: str | os.PathLike[str], name: str, options: LoadOptions, hub: HubOptions
 ) -> tuple[AdapterRegistry, LoadReport]:

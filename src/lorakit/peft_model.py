@@ -9,22 +9,27 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from lorakit.checkpoint.hub import push_folder
 from lorakit.config import LoraConfig, TaskType
 from lorakit.errors import AdapterStateError, UnsupportedError
-from lorakit.loading import HubOptions, LoadOptions, LoadReport, load_onto
+from lorakit.later import Later
 from lorakit.putting import put_on
-from lorakit.saving import save_adapters
-from lorakit.status import count_parameters, get_layer_status, get_model_status
-from lorakit.surgery.describe import base_modules
 from lorakit.tuner import LoraModel, check_bare
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterator, Mapping, Sequence
 
+    from lorakit import loading, saving, status, surgery
+    from lorakit.checkpoint import hub
+    from lorakit.loading import LoadReport
     from lorakit.status import TunerLayerStatus, TunerModelStatus
     from lorakit.surgery import AdapterRegistry
+else:
+    hub = Later("lorakit.checkpoint.hub", globals())
+    loading = Later("lorakit.loading", globals())
+    saving = Later("lorakit.saving", globals())
+    status = Later("lorakit.status", globals())
+    surgery = Later("lorakit.surgery", globals())
 
 _CLASSES: dict[str, type[PeftModel]] = {}
 
@@ -73,7 +78,7 @@ class PeftModel(nn.Module):
 
     def _adopt(self, registry: AdapterRegistry) -> None:
         self.base_model = LoraModel.of(registry)
-        modules = base_modules(registry.model)
+        modules = surgery.base_modules(registry.model)
         if any(getattr(module, "gradient_checkpointing", False) is True for module in modules):
             self._let_inputs_require_grad()
 
@@ -204,7 +209,7 @@ class PeftModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters, each counted once."""
-        return count_parameters(self)
+        return status.count_parameters(self)
 
     def print_trainable_parameters(self) -> None:
         """Print the two numbers and their ratio in percent."""
@@ -214,11 +219,11 @@ class PeftModel(nn.Module):
 
     def get_layer_status(self) -> list[TunerLayerStatus]:
         """See `lorakit.get_layer_status`."""
-        return get_layer_status(self)
+        return status.get_layer_status(self)
 
     def get_model_status(self) -> TunerModelStatus:
         """See `lorakit.get_model_status`."""
-        return get_model_status(self)
+        return status.get_model_status(self)
 
     # ---- files --------------------------------------------------------------------------------------
 
@@ -258,7 +263,7 @@ class PeftModel(nn.Module):
         if not safe_serialization:
             raise UnsupportedError("lorakit writes safetensors only; leave safe_serialization=True")
         if is_main_process:
-            save_adapters(
+            saving.save_adapters(
                 self.base_model.registry,
                 save_directory,
                 selected_adapters,
@@ -282,7 +287,7 @@ class PeftModel(nn.Module):
 
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return push_folder(
+            return hub.push_folder(
                 Path(folder),
                 repo_id,
                 private=private,
@@ -319,10 +324,10 @@ class PeftModel(nn.Module):
             As `load_adapter`; the model is then as it was.
         """
         check_bare(model)
-        load, hub = _options(
+        how, where = loading.sort_options(
             options, config=config, is_trainable=is_trainable, autocast_adapter_dtype=autocast_adapter_dtype
         )
-        registry, _ = load_onto(model, model_id, adapter_name, load, hub)
+        registry, _ = loading.load_onto(model, model_id, adapter_name, how, where)
         made = cls.of(registry)
         if not is_trainable:
             made.eval()
@@ -363,7 +368,7 @@ class PeftModel(nn.Module):
             AdapterNotFoundError, AdapterFormatError, ConfigError, PlanError, KeyMismatchError, NonFiniteError,
             AdapterNameError, AdapterStateError, UnsupportedError: the model is as it was.
         """
-        load, hub = _options(
+        how, where = loading.sort_options(
             options,
             config=config,
             is_trainable=is_trainable,
@@ -372,26 +377,7 @@ class PeftModel(nn.Module):
             strict=strict,
             replace=replace,
         )
-        _, report = load_onto(self.get_base_model(), model_id, adapter_name, load, hub)
+        _, report = loading.load_onto(self.get_base_model(), model_id, adapter_name, how, where)
         if self.training and not is_trainable:  # the walk over all adapters is for the first time only
             self.eval()
         return report
-
-
-_ALWAYS_SO = frozenset({"low_cpu_mem_usage"})
-
-
-def _options(options: Mapping[str, Any], **load: Any) -> tuple[LoadOptions, HubOptions]:
-    """Sort keyword arguments; what nobody knows is refused.
-
-    Raises:
-        TypeError: an unknown keyword.
-    """
-    hub = {name: value for name, value in options.items() if name in HubOptions.__dataclass_fields__}
-    more = {name: value for name, value in options.items() if name in LoadOptions.__dataclass_fields__}
-    unknown = sorted(set(options) - set(hub) - set(more) - _ALWAYS_SO)
-    if unknown:
-        raise TypeError(
-            f"unknown arguments {unknown}; known are {sorted({**HubOptions.__dataclass_fields__, **LoadOptions.__dataclass_fields__})}"
-        )
-    return LoadOptions(**load, **more), HubOptions(**hub)

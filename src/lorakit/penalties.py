@@ -6,14 +6,17 @@ from abc import ABC
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from lorakit.layers.varied import held_by
+from lorakit.later import Later
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
+    from lorakit.layers import varied
     from lorakit.surgery import AdapterRegistry
+else:
+    varied = Later("lorakit.layers.varied", globals())
 
 
 def penalty_of(registry: AdapterRegistry, names: Sequence[str], field: str | None = None) -> Tensor | float:
@@ -40,7 +43,7 @@ def penalty_of(registry: AdapterRegistry, names: Sequence[str], field: str | Non
     counts = Counter(variant.field for _, _, variant in asked)
     total: Tensor | None = None
     for layer, name, variant in asked:
-        held, kept = held_by(layer, name), layer.kept.get(name, {})
+        held, kept = varied.held_by(layer, name), layer.kept.get(name, {})
         found = variant.penalty(held, kept, counts[variant.field], training=layer.training)
         if found is not None:
             total = found if total is None else total + found.to(total.device)

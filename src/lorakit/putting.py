@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING
 
 from lorakit.config import LoraConfig, check_adapter_name
 from lorakit.errors import ConfigError
-from lorakit.surgery import attach, make_plan, use_up_gathered
-from lorakit.surgery.targets import IMPLICIT_HEADS
+from lorakit.later import Later
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from lorakit.surgery import AdapterRegistry
+    from lorakit import surgery
+    from lorakit.surgery import AdapterRegistry, targets
+else:
+    surgery = Later("lorakit.surgery", globals())
+    targets = Later("lorakit.surgery.targets", globals())
 
 
 def prepare_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
@@ -24,7 +27,7 @@ def prepare_config(model: nn.Module, config: LoraConfig) -> LoraConfig:
     """
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"expected a LoraConfig, got {type(config).__name__}")
-    heads = IMPLICIT_HEADS.get(config.task_type or "", ())
+    heads = targets.IMPLICIT_HEADS.get(config.task_type or "", ())
     extra = [head for head in heads if head not in (config.modules_to_save or ())]
     name = config.base_model_name_or_path or getattr(getattr(model, "config", None), "_name_or_path", None)
     return replace(
@@ -44,9 +47,9 @@ def put_on(
     """
     check_adapter_name(name)
     prepared = prepare_config(model, config)
-    plan = make_plan(model, prepared, autocast_adapter_dtype=autocast_adapter_dtype)
-    registry = attach(model, plan, name)
-    use_up_gathered(plan)
+    plan = surgery.make_plan(model, prepared, autocast_adapter_dtype=autocast_adapter_dtype)
+    registry = surgery.attach(model, plan, name)
+    surgery.use_up_gathered(plan)
     if len(registry.configs) == 1:
         registry.set_active([name], inference_mode=prepared.inference_mode)
     return registry

@@ -9,31 +9,26 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 from tqdm.auto import tqdm
 
-from lorakit.combiners import CombineOptions
 from lorakit.config import LoraConfig
 from lorakit.errors import AdapterStateError, ConfigError
+from lorakit.later import Later
 from lorakit.penalties import AdapterLosses
 from lorakit.putting import put_on
-from lorakit.surgery import (
-    AdapterRegistry,
-    find_registry,
-    for_each_sample,
-    for_the_call,
-    invoked,
-    invoking,
-    merge_and_unload,
-    unload,
-)
-from lorakit.weighted import add_weighted
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from lorakit import combiners, surgery, weighted
     from lorakit.init import Misfit
     from lorakit.report import MergeReport
+    from lorakit.surgery import AdapterRegistry
     from lorakit.surgery.invocation import Offsets
     from lorakit.weighted import CombineReport
+else:
+    combiners = Later("lorakit.combiners", globals())
+    surgery = Later("lorakit.surgery", globals())
+    weighted = Later("lorakit.weighted", globals())
 
 
 class LoraModel(AdapterLosses, nn.Module):
@@ -98,11 +93,11 @@ class LoraModel(AdapterLosses, nn.Module):
             AdapterNameError, AdapterStateError, ConfigError, UnsupportedError: the names or the offsets do not fit the
                 model or the batch.
         """
-        if adapter_names is None and alora_offsets is None and not invoked(self.registry):
+        if adapter_names is None and alora_offsets is None and not surgery.invoked(self.registry):
             return self.model(*args, **kwargs)
         with (
             self._choosing(adapter_names),
-            invoking(self.registry, invoked(self.registry), args, kwargs, alora_offsets),
+            surgery.invoking(self.registry, surgery.invoked(self.registry), args, kwargs, alora_offsets),
         ):
             return self.model(*args, **kwargs)
 
@@ -123,11 +118,13 @@ class LoraModel(AdapterLosses, nn.Module):
                 and the model is to run several tokens at once (assisted generation, prefilling in chunks).
         """
         generate: Any = self.model.generate
-        if adapter_names is None and alora_offsets is None and not invoked(self.registry):
+        if adapter_names is None and alora_offsets is None and not surgery.invoked(self.registry):
             return generate(*args, **kwargs)
         with (
             self._choosing(adapter_names, repeats=True),
-            invoking(self.registry, invoked(self.registry), args, kwargs, alora_offsets, adds=True),
+            surgery.invoking(
+                self.registry, surgery.invoked(self.registry), args, kwargs, alora_offsets, adds=True
+            ),
         ):
             return generate(*args, **kwargs)
 
@@ -137,8 +134,8 @@ class LoraModel(AdapterLosses, nn.Module):
         if names is None:
             return nullcontext()
         if isinstance(names, str):
-            return for_the_call(self.registry, names)
-        return for_each_sample(self.registry, names, repeats=repeats)
+            return surgery.for_the_call(self.registry, names)
+        return surgery.for_each_sample(self.registry, names, repeats=repeats)
 
     def use_adapter(self, adapter_names: str | Sequence[str]) -> AbstractContextManager[None]:
         """Within this context calls of the model go through these adapters, in this thread or task alone.
@@ -150,7 +147,7 @@ class LoraModel(AdapterLosses, nn.Module):
             AdapterNameError: a name is unknown.
             AdapterStateError: adapters are merged, hold trained biases, or own the same whole module.
         """
-        return for_the_call(self.registry, adapter_names)
+        return surgery.for_the_call(self.registry, adapter_names)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -280,7 +277,7 @@ class LoraModel(AdapterLosses, nn.Module):
         """
         if rank is not None and svd_rank is not None and rank != svd_rank:
             raise ConfigError(f"rank={rank} and svd_rank={svd_rank} say different things; pass one of them")
-        options = CombineOptions(
+        options = combiners.CombineOptions(
             density=density,
             majority_sign_method=majority_sign_method,
             rank=svd_rank if rank is None else rank,
@@ -292,7 +289,9 @@ class LoraModel(AdapterLosses, nn.Module):
             t=t,
             epsilon=epsilon,
         )
-        return add_weighted(self.registry, adapters, weights, adapter_name, combination_type, options)
+        return weighted.add_weighted(
+            self.registry, adapters, weights, adapter_name, combination_type, options
+        )
 
     # ---- merging ------------------------------------------------------------------------------------
 
@@ -342,8 +341,9 @@ class LoraModel(AdapterLosses, nn.Module):
     ) -> nn.Module:
         """Merge adapters (default: the active ones) for good and give the plain model back.
 
-        No original weights are kept, and no more than one layer's weight is held twice at any time. What quantising
-        again lost is in `merge_report` afterwards; `force` and `dequantize` are as for `merge_adapter`.
+        No original weights are kept: each weight takes the sum where it lies, or is exchanged if another tensor, module
+        or process would see that. What quantising again lost is in `merge_report` afterwards; `force` and `dequantize`
+        are as for `merge_adapter`.
 
         Raises:
             LossyMergeError: a layer would lose more than 10 % of the adapters' effect; nothing was changed.
@@ -351,7 +351,7 @@ class LoraModel(AdapterLosses, nn.Module):
         """
         layers = len(self.registry.layers)
         progress = partial(tqdm, desc="merging", total=layers, unit="layer", disable=not progressbar)
-        return merge_and_unload(
+        return surgery.merge_and_unload(
             self.registry, adapter_names, progress=progress, force=force, dequantize=dequantize
         )
 
@@ -362,7 +362,7 @@ class LoraModel(AdapterLosses, nn.Module):
 
     def unload(self) -> nn.Module:
         """Take every adapter off and give the base model back, weights and `requires_grad` flags as before."""
-        return unload(self.registry)
+        return surgery.unload(self.registry)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As `nn.Module.load_state_dict`; refused while adapters are merged.
@@ -381,7 +381,7 @@ def check_bare(model: nn.Module) -> None:
         AdapterStateError: it does.
     """
     inner = model._modules.get("base_model") or model
-    registry = find_registry(inner.model if isinstance(inner, LoraModel) else model)
+    registry = surgery.find_registry(inner.model if isinstance(inner, LoraModel) else model)
     if registry is not None and registry.configs:
         raise AdapterStateError(
             f"this model carries the adapters {list(registry.configs)} already; "

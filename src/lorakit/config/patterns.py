@@ -16,12 +16,15 @@ from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-import regex
-
 from lorakit.errors import ConfigError
+from lorakit.later import Later
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import regex
+else:
+    regex = Later("regex", globals())
 
 MAX_LENGTH = 1_000
 MAX_REPEATS = 10_000

@@ -2,7 +2,7 @@
 
 from lorakit.surgery.attach import attach
 from lorakit.surgery.choice import for_each_sample, for_the_call
-from lorakit.surgery.describe import Description, Node, describe
+from lorakit.surgery.describe import Description, Node, base_modules, describe
 from lorakit.surgery.from_data import use_up_gathered
 from lorakit.surgery.invocation import invoked, invoking
 from lorakit.surgery.naming import expected_tensors
@@ -16,6 +16,7 @@ __all__ = [
     "Node",
     "Plan",
     "attach",
+    "base_modules",
     "describe",
     "expected_tensors",
     "find_registry",

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from lorakit.errors import UnsupportedError
-from lorakit.variants import alora, arrow, bdlora, dora, kasa, monteclora, qalora, velora
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Mapping
 
     from lorakit.config import LoraConfig
     from lorakit.variants.variant import Variant
 
-VARIANTS: tuple[Callable[[LoraConfig], Variant | None], ...] = (
-    dora.from_config,
-    alora.from_config,
-    arrow.from_config,
-    velora.from_config,
-    kasa.from_config,
-    bdlora.from_config,
-    qalora.from_config,
-    monteclora.from_config,
-)
-"""Each gives the variant where the config asks for it, else None."""
+VARIANTS: Mapping[str, str] = {
+    "use_dora": "dora",
+    "alora_invocation_tokens": "alora",
+    "arrow_config": "arrow",
+    "velora_config": "velora",
+    "kasa_config": "kasa",
+    "use_bdlora": "bdlora",
+    "use_qalora": "qalora",
+    "monteclora_config": "monteclora",
+}
+"""The file of each, by the field of the config that asks for it; its `from_config` gives the variant, or None."""
 
 
 def variant_of(config: LoraConfig) -> Variant | None:
@@ -32,7 +32,9 @@ def variant_of(config: LoraConfig) -> Variant | None:
     Raises:
         UnsupportedError: it asks for several.
     """
-    found = [variant for variant in (make(config) for make in VARIANTS) if variant is not None]
+    asked = [file for field, file in VARIANTS.items() if getattr(config, field)]
+    made = [import_module(f"lorakit.variants.{file}").from_config(config) for file in asked]
+    found: list[Variant] = [variant for variant in made if variant is not None]
     if len(found) > 1:
         fields = [variant.field for variant in found]
         raise UnsupportedError(f"{fields} ask for different kinds of adapter; set one of them")

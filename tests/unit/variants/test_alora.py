@@ -273,7 +273,7 @@ def test_plain_lora_pays_nothing(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("looked for an invocation")
 
-    monkeypatch.setattr("lorakit.tuner.invoking", fail)
+    monkeypatch.setattr("lorakit.surgery.invoking", fail)
     logits(model)
     model.generate(input_ids=PROMPTS, max_new_tokens=1)
 
