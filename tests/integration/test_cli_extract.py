@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from cli import as_json, fill_disk, refused, run, succeed
 from lorakit import LoraConfig, PeftModel, get_peft_model
 from models import logits, randomise, tiny_llama
+from rss import megabytes_of
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +134,21 @@ def test_a_full_disk(folders, tmp_path, monkeypatch):
 
 def test_help_has_an_example():
     assert "Example: lorakit extract" in " ".join(succeed("extract", "--help").split())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_a_few_tensors_and_not_the_model(tmp_path):
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 20, "num_attention_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).bfloat16()
+    model.save_pretrained(tmp_path / "base", max_shard_size="50MB")  # 129 MB
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "_proj" in name:
+                parameter.add_(torch.randn(parameter.shape[0], 1) @ torch.randn(1, parameter.shape[1]) * 0.01)
+    model.save_pretrained(tmp_path / "tuned", max_shard_size="50MB")
+    call = (
+        f"extract({str(tmp_path / 'base')!r}, {str(tmp_path / 'tuned')!r}, {str(tmp_path / 'out')!r}, rank=2)"
+    )
+    imports = "from lorakit import extract\nfrom transformers import LlamaForCausalLM"
+    assert 8 < megabytes_of(imports, call) < 110  # 74 were seen, half of them code

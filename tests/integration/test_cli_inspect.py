@@ -15,6 +15,7 @@ from cli import as_json, fill_disk, refused, run, succeed
 from lorakit.inspection import make_grid, picture
 from models import tiny_llama, with_adapter
 
+CHROMIUM = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 FOREIGN = "<script>alert('x')</script> & $\\alpha$ [red]"
 
 
@@ -206,9 +207,11 @@ def test_the_grid(paths, rows, columns):
 
 def test_in_a_browser(folders, tmp_path):
     """Sorting and filtering, in headless Chromium where there is one; no error and no request is made."""
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    chromium = next(filter(None, map(shutil.which, CHROMIUM)), None)
     if chromium is None:
-        pytest.skip("no Chromium here")
+        pytest.skip(
+            f"needs headless Chromium (apt-get install {CHROMIUM[0]}); none of {', '.join(CHROMIUM)} is here"
+        )
     succeed("inspect", folders / "odd", "--html", tmp_path / "report.html")
     driver = """
     const table = document.querySelector("table.sortable"), told = {};

@@ -91,14 +91,15 @@ def check(found, model, kind):
     assert found.total == sum(getattr(found, part) for part in parts)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
-def test_parts_are_those_of_a_real_step(kind, checkpointing):
+def test_parts_are_those_of_a_real_step(kind, checkpointing, dtype):
     lora = adapter(kind)
     found = lorakit.estimate(
-        config_of(kind), lora, batch=BATCH, seq=SEQ, dtype="float32", gradient_checkpointing=checkpointing
+        config_of(kind), lora, batch=BATCH, seq=SEQ, dtype=dtype, gradient_checkpointing=checkpointing
     )
-    model = real(kind, lora)
+    model = real(kind, lora, getattr(torch, dtype))
     if checkpointing:
         model.gradient_checkpointing_enable()
     check(found, model, kind)
@@ -119,19 +120,25 @@ def test_parts_of_other_adapters(changes):
     check(found, real("llama", lora), "llama")
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("double", [False, True])
-def test_parts_on_a_base_in_four_bits(tmp_path, double):
+def test_parts_on_a_base_in_four_bits(tmp_path, double, checkpointing):
     AutoModelForCausalLM.from_config(config_of("llama"), dtype=torch.bfloat16).save_pretrained(tmp_path)
     lora = adapter()
     found = lorakit.estimate(
-        tmp_path, lora, batch=BATCH, seq=SEQ, quantization="nf4_double" if double else "nf4"
+        tmp_path,
+        lora,
+        batch=BATCH,
+        seq=SEQ,
+        quantization="nf4_double" if double else "nf4",
+        gradient_checkpointing=checkpointing,
     )
     options = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
         bnb_4bit_use_double_quant=double,
     )  # fmt: skip
     base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16, quantization_config=options)
-    base = lorakit.prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    base = lorakit.prepare_model_for_kbit_training(base, use_gradient_checkpointing=checkpointing)
     check(found, lorakit.get_peft_model(base, lora).train(), "llama")
 
 
