@@ -69,7 +69,7 @@ class Exchange:
             quietly([*targets, *(parameter for parameter, _ in self.larger)]),
             all_or_nothing(layers) as undo,
         ):
-            undo(_copy, targets, [tensor.detach().clone() for tensor in targets])
+            undo(_copy, targets, [tensor.clone() for tensor in targets])
             _zero(self.zeros)
             pairs = self.copies + self.parts
             _copy([target for target, _ in pairs], [value for _, value in pairs])

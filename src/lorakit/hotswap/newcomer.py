@@ -134,7 +134,8 @@ def _settings(
 ) -> dict[str, Setting]:
     """What a config says of the layers that it targets; other layers of the model are not looked at."""
     targets = Targets(config)
-    found = {}
+    found: dict[str, Setting] = {}
+    made: dict[tuple[int, float, bool], Setting] = {}  # hundreds of layers have a few settings
     for path, layer in layers.items():
         meant = targets.match(path, layer) if name in layer.r else None
         if meant is None:
@@ -145,8 +146,13 @@ def _settings(
                 f"{path}: the rank must be divisible by its {layer.layout.groups} groups, got r={r}"
             )
         drops = meant == path and not isinstance(layer, ParamWrapper)
-        scaling = scaling_of(r, alpha, rslora=config.use_rslora)
-        found[path] = Setting(r, alpha, config.use_rslora, scaling, config.lora_dropout if drops else 0.0)
+        if (r, alpha, drops) not in made:
+            scaling, dropout = (
+                scaling_of(r, alpha, rslora=config.use_rslora),
+                config.lora_dropout if drops else 0.0,
+            )
+            made[r, alpha, drops] = Setting(r, alpha, config.use_rslora, scaling, dropout)
+        found[path] = made[r, alpha, drops]
     return found
 
 
