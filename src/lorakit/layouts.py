@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -93,7 +94,6 @@ class Layout:
         stored tensors share memory with its own.
         """
         assert len(blocks) == self.blocks, f"{len(blocks)} blocks for {self.blocks}"
-        assert len({block.scaling for block in blocks}) == 1, "blocks of one adapter share a scaling"
         pointwise = (1,) * (len(self.row) - 1)
         if len(blocks) == 1:
             (only,) = blocks
@@ -101,6 +101,7 @@ class Layout:
                 return only.A.contiguous(), only.B.contiguous(), only.bias
             A, B = only.A.reshape(-1, *self.row), only.B.reshape(self.out, -1, *pointwise)
             return A.contiguous(), B.contiguous(), only.bias
+        assert len({block.scaling for block in blocks}) == 1, "blocks of one adapter share a scaling"
         rank = max(block.rank for block in blocks)
         As = torch.stack([filled(block.A, rank, dim=0) for block in blocks])
         Bs = torch.stack([filled(block.B, rank, dim=1) for block in blocks])
@@ -157,6 +158,7 @@ class Layout:
         return torch.where(own, torch.cat([weight] * self.groups, dim=1), 0)
 
 
+@lru_cache(maxsize=1024)  # a model has hundreds of matrices and a dozen shapes
 def matrix_layout(out: int, inner: int, *, transposed: bool = False) -> Layout:
     """The layout of a plain matrix of (out, in)."""
     return Layout(out, (inner,), transposed=transposed)

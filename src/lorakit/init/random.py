@@ -28,7 +28,8 @@ def kaiming(context: InitContext) -> InitResult:
     if context.spec.kind == "embedding":
         return _embedding(context)
     r, in_features, out_features = _sizes(context)
-    A = _empty(context, r, in_features).uniform_(-1.0, 1.0).mul_(1 / math.sqrt(in_features))
+    bound = 1 / math.sqrt(in_features)
+    A = _empty(context, r, in_features).uniform_(-bound, bound)
     return _result(context, A, _zeros(context, out_features, r), bias_bound=0.0)
 
 
@@ -50,10 +51,10 @@ def random(context: InitContext) -> InitResult:
     if context.spec.kind == "embedding":
         A, B = _empty(context, r, in_features).normal_(), _empty(context, out_features, r).normal_()
         return _result(context, A, B, bias_bound=0.0)
-    bound = 1 / math.sqrt(r)
-    A = _empty(context, r, in_features).uniform_(-1.0, 1.0).mul_(1 / math.sqrt(in_features))
-    B = _empty(context, out_features, r).uniform_(-bound, bound)
-    return _result(context, A, B, bias_bound=bound)
+    bound_A, bound_B = 1 / math.sqrt(in_features), 1 / math.sqrt(r)
+    A = _empty(context, r, in_features).uniform_(-bound_A, bound_A)
+    B = _empty(context, out_features, r).uniform_(-bound_B, bound_B)
+    return _result(context, A, B, bias_bound=bound_B)
 
 
 def orthogonal(context: InitContext) -> InitResult:
@@ -97,5 +98,5 @@ def _result(context: InitContext, A: Tensor, B: Tensor, *, bias_bound: float) ->
     bias = None
     if spec.lora_bias:
         bias = _empty(context, context.shape[0]).uniform_(-bias_bound, bias_bound).to(spec.dtype)
-    factors = Factors(A.contiguous().to(spec.dtype), B.contiguous().to(spec.dtype), spec.scaling, bias)
-    return InitResult(factors)
+    A, B = (part if part.dtype is spec.dtype else part.to(spec.dtype) for part in (A, B))
+    return InitResult(Factors(A.contiguous(), B.contiguous(), spec.scaling, bias))

@@ -54,6 +54,8 @@ REPLACES_BASE = frozenset({"loftq"})
 """Schemes that are meant to change the base (`InitResult.base_weight`)."""
 FROM_WEIGHT = frozenset({"pissa", "olora", "mica", "loftq"})
 """Schemes that begin from a decomposition of the weight, or of what quantisation takes from it."""
+_FROM_SHAPES = frozenset({kaiming, gaussian, random, orthogonal})
+"""Functions that look at no weight: none is got ready for them, and no graph could come of what they draw."""
 
 
 def initialiser_name(init_lora_weights: bool | str) -> str:
@@ -99,7 +101,6 @@ def why_not_begin(init: str, layout: Layout, r: int, *, on_grid: bool = False) -
     return ""
 
 
-@torch.no_grad()
 def initialise(spec: AdapterSpec, read: Callable[[torch.dtype], Tensor]) -> tuple[InitResult, ...]:
     """The new factors of each block of an adapter, by the scheme that its spec names.
 
@@ -110,11 +111,13 @@ def initialise(spec: AdapterSpec, read: Callable[[torch.dtype], Tensor]) -> tupl
     Raises:
         NonFiniteError: a scheme that looks at the weight found NaN or infinity, or would begin with it.
     """
-    scheme, once = INITIALISERS[spec.init], cache(read)
-    with at_path(spec.path):
+    scheme, blocks = INITIALISERS[spec.init], range(spec.layout.blocks)
+    if scheme in _FROM_SHAPES:
+        return tuple([scheme(InitContext(spec, read, block)) for block in blocks])
+    once = cache(read)
+    with at_path(spec.path), torch.no_grad():
         return tuple(
-            scheme(InitContext(spec, partial(_block, spec, once, block), block))
-            for block in range(spec.layout.blocks)
+            [scheme(InitContext(spec, partial(_block, spec, once, block), block)) for block in blocks]
         )
 
 

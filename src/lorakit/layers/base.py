@@ -12,7 +12,6 @@ from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
 
 from lorakit.errors import UnsupportedError
 from lorakit.layers.chosen import Live, chosen_by
@@ -47,11 +46,7 @@ class LoraLayer(HoldingLayer):
     The other attributes are those of `HoldingLayer`.
     """
 
-    _route: tuple[str, ...]
-
-    def __init__(self, base_layer: nn.Module, codec: WeightCodec) -> None:
-        super().__init__(base_layer, codec)
-        self.__dict__["_route"] = ()
+    _route: tuple[str, ...] = ()
 
     # ---- what a final subclass supplies -------------------------------------------------------------
 

@@ -62,8 +62,10 @@ def plain_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     """
     linear = bare(nn.Linear)
     out_features, in_features = weight.shape
-    linear.__dict__.update(in_features=in_features, out_features=out_features)
-    linear._parameters.update(weight=_untrained(weight), bias=None if bias is None else _untrained(bias))
+    state = linear.__dict__
+    state["in_features"], state["out_features"] = in_features, out_features
+    parameters = state["_parameters"]
+    parameters["weight"], parameters["bias"] = _untrained(weight), None if bias is None else _untrained(bias)
     return linear
 
 

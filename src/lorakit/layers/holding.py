@@ -92,7 +92,9 @@ class HoldingLayer(MergingLayer):
 
     def __init__(self, base_layer: nn.Module, codec: WeightCodec) -> None:
         super().__init__(base_layer, codec)
-        layout = codec.layout(self.get_base_layer())
+        layout = codec.layout(
+            base_layer if not isinstance(base_layer, MergingLayer) else self.get_base_layer()
+        )
         named: dict[str, dict[str, Any]] = {name: {} for name in _BY_ADAPTER}
         self.__dict__.update(
             named,
@@ -194,13 +196,16 @@ class HoldingLayer(MergingLayer):
         self.scaling[name] = spec.scaling
         self.use_rslora[name] = use_rslora
         dropout = nn.Dropout(spec.dropout) if spec.dropout > 0 else bare(nn.Identity)
-        self.lora_dropout._modules[name] = dropout
+        cast("nn.ModuleDict", self._modules["lora_dropout"])._modules[name] = dropout
 
     def _match_mode(self, name: str) -> None:
         if self.training:  # as modules begin
             return
-        for module in (self.lora_dropout[name], *self.modules_of(name)):
-            module.__dict__["training"] = self.training
+        for part in ("lora_dropout", "lora_A", "lora_B"):
+            holder = self._modules.get(part)
+            module = None if holder is None else holder._modules.get(name)
+            if module is not None:
+                module.__dict__["training"] = False
 
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`, which would spend 3 microseconds on each of an adapter's four modules."""

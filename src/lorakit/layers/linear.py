@@ -49,6 +49,8 @@ class Linear(LoraLayer):
         group: the layers that are expected to read the same input as this one, or None.
     """
 
+    lora_A: nn.ModuleDict  # noqa: N815 - the names of files
+    lora_B: nn.ModuleDict  # noqa: N815
     group: Group | None
     is_read: bool
     _fused_type: type[nn.Module] | None
@@ -57,7 +59,7 @@ class Linear(LoraLayer):
 
     def __init__(self, base_layer: nn.Module, codec: WeightCodec) -> None:
         super().__init__(base_layer, codec)
-        self.lora_A, self.lora_B = bare(nn.ModuleDict), bare(nn.ModuleDict)
+        self._modules.update(lora_A=bare(nn.ModuleDict), lora_B=bare(nn.ModuleDict))
         kind = type(base_layer)
         # a subclass may compute something else, and a wrapper (FSDP) may take the base's place later
         plain = kind is nn.Linear or kind is conv1d_class()
@@ -234,8 +236,11 @@ class Linear(LoraLayer):
         return y + added
 
     def _hold(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
-        self.lora_A._modules[name] = plain_linear(A)
-        self.lora_B._modules[name] = plain_linear(B, bias)
+        held = cast(
+            "Mapping[str, nn.ModuleDict]", self._modules
+        )  # as attributes they cost a microsecond each
+        held["lora_A"]._modules[name] = plain_linear(A)
+        held["lora_B"]._modules[name] = plain_linear(B, bias)
 
     def _let_go(self, name: str) -> None:
         self._banks.clear()

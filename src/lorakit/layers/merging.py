@@ -48,12 +48,12 @@ class MergingLayer(nn.Module, ABC):
     base_layer: nn.Module
     codec: WeightCodec
     merged_adapters: list[str]
-    _active: tuple[str, ...]
-    _enabled: bool
+    _active: tuple[str, ...] = ()
+    _enabled: bool = True
     _original: WeightState | None
     _merged_state: WeightState | None
     _aside: Aside | None
-    _guards: Sequence[RemovableHandle]
+    _guards: Sequence[RemovableHandle] = ()
 
     def __init__(self, base_layer: nn.Module, codec: WeightCodec) -> None:
         begin(self)
@@ -62,14 +62,14 @@ class MergingLayer(nn.Module, ABC):
             training=base_layer.training,
             codec=codec,
             merged_adapters=[],
-            _active=(),
-            _enabled=True,
             _original=None,
             _merged_state=None,
             _aside=None,
-            _guards=() if isinstance(base_layer, MergingLayer) else codec.guard(base_layer),
         )
-        self.register_state_dict_post_hook(_describe_unmerged)  # type: ignore[no-untyped-call]
+        guards = () if isinstance(base_layer, MergingLayer) else codec.guard(base_layer)
+        if guards:
+            self._guards = guards
+        self._state_dict_hooks[_HOOK] = _describe_unmerged
 
     # ---- what a subclass supplies -------------------------------------------------------------------
 
@@ -381,6 +381,10 @@ _FOR_GOOD = (
     "this layer was merged by merge_and_unload(), which keeps no original weight; "
     "call merge_and_unload() again to finish it, or load the base model afresh"
 )
+
+
+_HOOK = -1
+"""The key of the hook below. Torch counts its own keys from 0, and registering takes as long as making a module."""
 
 
 def _describe_unmerged(module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:

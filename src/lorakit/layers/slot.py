@@ -26,6 +26,16 @@ class Place(NamedTuple):
     owner: nn.Module
     attribute: str
 
+    def put(self, module: nn.Module) -> None:
+        """Let the owner hold a module there."""
+        modules, kind = self.owner._modules, type(self.owner)
+        if self.attribute in modules and kind.__setattr__ is nn.Module.__setattr__:
+            modules[self.attribute] = (
+                module  # setting the attribute would look through all else that it might be
+            )
+        else:
+            setattr(self.owner, self.attribute, module)
+
 
 @final
 class ParameterSlot:

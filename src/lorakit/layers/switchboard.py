@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lorakit.layers.flags import NO_FACTORS, PLAIN
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
+    from collections.abc import Collection, Iterable
 
     from torch import nn
 
@@ -49,10 +49,10 @@ class Switchboard:
 
     def __init__(self, layers: Iterable[LoraLayer] = (), names: Iterable[str] = ()) -> None:
         self._layers = list(layers)
-        self._apart = [layer for layer in self._layers if _is_apart(layer)]
-        apart = set(self._apart)
-        self._plain = [layer for layer in self._layers if layer not in apart]
-        self._holders = [holder for layer in self._plain for holder in _holders(layer)]
+        holders = {layer: _holders(layer) for layer in self._layers}
+        self._apart = [layer for layer, held in holders.items() if held is None]
+        self._plain = [layer for layer, held in holders.items() if held is not None]
+        self._holders = [holder for held in holders.values() if held is not None for holder in held]
         self._views = [module._modules.values() for module in (*self._layers, *self._holders)]
         self._there = list(chain.from_iterable(self._views))
         self._held = {name: self._find(name) for name in names}
@@ -120,7 +120,7 @@ class Switchboard:
             here = state["r"].keys()
             route = names if wanted <= here else tuple([name for name in names if name in here])
             state["_active"] = names
-            state["_route"] = route if state["_enabled"] else ()
+            state["_route"] = route if layer._enabled else ()
 
     def switch_apart(self, names: tuple[str, ...], *, trains: bool) -> None:
         """Switch the layers that are no plain ones."""
@@ -157,17 +157,12 @@ def switch(
     return board
 
 
-def _holders(layer: LoraLayer) -> Iterator[nn.Module]:
-    """What holds the parameters of adapters on a layer, by adapter."""
-    for part, holder in layer._modules.items():
-        if holder is not None and part not in NO_FACTORS:
-            yield holder
-
-
-def _is_apart(layer: LoraLayer) -> bool:
-    held = [module for holder in _holders(layer) for module in holder._modules.values()]
-    tokens = layer._modules["token_adapter"]
-    return bool(layer.frozen) or tokens is not None or any(type(module) not in PLAIN for module in held)
+def _holders(layer: LoraLayer) -> list[nn.Module] | None:
+    """What holds the parameters of adapters on a layer, by adapter; None of a layer that is to be switched by itself."""
+    parts = layer._modules
+    holders = [holder for part, holder in parts.items() if part not in NO_FACTORS and holder is not None]
+    plain = all(PLAIN.issuperset(map(type, holder._modules.values())) for holder in holders)
+    return holders if plain and parts["token_adapter"] is None and not layer.frozen else None
 
 
 def _without(some: Iterable[nn.Module], modules: Iterable[nn.Module | None]) -> list[nn.Module | None]:

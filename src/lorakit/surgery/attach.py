@@ -17,7 +17,7 @@ from lorakit.specs import TOKEN_ROWS
 from lorakit.surgery.naming import names_in_file, whole_module
 from lorakit.surgery.paths import joined
 from lorakit.surgery.registry import AdapterRegistry, find_registry, set_registry
-from lorakit.surgery.wrap import wrap_module, wrap_parameter
+from lorakit.surgery.wrap import group_siblings, wrap_module, wrap_parameter
 from lorakit.variants import Start
 from lorakit.weights import find_codec
 
@@ -53,8 +53,7 @@ class New(NamedTuple):
     @staticmethod
     def of(spec: AdapterSpec, factors: Sequence[Factors]) -> New:
         """A plain adapter with these factors of each block."""
-        A, B, bias = spec.layout.join(factors)
-        return New({"A": A, "B": B} if bias is None else {"A": A, "B": B, "bias": bias})
+        return New(_as_stored(spec, factors))
 
 
 def attach(
@@ -101,17 +100,21 @@ def put(
     with ExitStack() as undo:
         if known is None:
             undo.callback(_forget, registry)
-            _freeze(registry)
             set_registry(model, registry)
         if not registry.configs:
-            registry.shared = _shared(model)
+            named = list(model.named_parameters(remove_duplicate=False))
+            registry.shared = _shared(named)
+            if known is None:
+                _freeze(registry, named)
         if plan.replication is not None:
             undo.callback(registry.replicate, None)
             registry.replicate(plan.replication)
         undo.callback(registry.discard, name)
         slots = _slots(registry, plan)
+        there = set(registry.layers)
         _add_factors(registry, plan, name, factors)
         _add_rows(registry, plan, name, tensors)
+        group_siblings(registry, plan.description, registry.layers.keys() - there)
         _add_whole(registry, plan, name, tensors)
         _add_slots(registry, plan, name, slots, tensors)
         _replace_base(registry, factors, undo)
@@ -153,7 +156,7 @@ def _initial(plan: Plan) -> dict[str, New]:
 def _begun(spec: AdapterSpec, read: Callable[[torch.dtype], Tensor]) -> New:
     """A new adapter on one weight, as its initialiser and its variant say."""
     results = initialise(spec, read)
-    new = New.of(spec, [result.factors for result in results])
+    tensors = _as_stored(spec, [result.factors for result in results])
     offset = tuple(result.offset for result in results if result.offset is not None) or _offset(spec, read)
     weights = [result.base_weight for result in results if result.base_weight is not None]
     weight = None
@@ -162,10 +165,14 @@ def _begun(spec: AdapterSpec, read: Callable[[torch.dtype], Tensor]) -> New:
         read = partial(weight.to, copy=True)
     if spec.variant is not None:
         variant = cast("Variant", spec.variant)
-        begun = variant.start(Start(spec, new.tensors["A"], new.tensors["B"], read))
-        new = new._replace(tensors={**new.tensors, **begun})
+        tensors |= variant.start(Start(spec, tensors["A"], tensors["B"], read))
     misfits = [result.misfit for result in results if result.misfit is not None]
-    return new._replace(offset=offset, base_weight=weight, misfit=Misfit.total(misfits) if misfits else None)
+    return New(tensors, offset, weight, Misfit.total(misfits) if misfits else None)
+
+
+def _as_stored(spec: AdapterSpec, factors: Sequence[Factors]) -> dict[str, Tensor]:
+    A, B, bias = spec.layout.join(factors)
+    return {"A": A, "B": B} if bias is None else {"A": A, "B": B, "bias": bias}
 
 
 def _offset(spec: AdapterSpec, read: Callable[[torch.dtype], Tensor]) -> tuple[Factors, ...] | None:
@@ -286,17 +293,16 @@ def _slots(registry: AdapterRegistry, plan: Plan) -> dict[str, ParameterSlot]:
     return slots
 
 
-def _freeze(registry: AdapterRegistry) -> None:
-    named = list(registry.model.named_parameters(remove_duplicate=False))
+def _freeze(registry: AdapterRegistry, named: Sequence[tuple[str, torch.nn.Parameter]]) -> None:
     registry.flags = {name: parameter.requires_grad for name, parameter in named}
     for _, parameter in named:
         parameter.requires_grad = False
 
 
-def _shared(model: torch.nn.Module) -> tuple[tuple[str, ...], ...]:
+def _shared(named: Sequence[tuple[str, torch.nn.Parameter]]) -> tuple[tuple[str, ...], ...]:
     """The names of every parameter that has several."""
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in named:
         names.setdefault(id(parameter), []).append(name)
     return tuple(tuple(group) for group in names.values() if len(group) > 1)
 

@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lorakit.layers import LoraLayer, ModulesToSaveWrapper, ParamWrapper, Place, kind_of
 from lorakit.weights import find_codec
+from lorakit.weights.opaque import may_be_opaque
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -92,6 +93,7 @@ def describe(
     nodes: dict[str, Node] = {}
     saved: dict[str, ModulesToSaveWrapper] = {}
     paths: dict[int, str] = {}
+    kinds: dict[type, LayerKind | None] = {}
     stack: list[tuple[str, nn.Module, Place | None]] = [("", model, None)]
     while stack:
         path, module, place = stack.pop()
@@ -104,11 +106,11 @@ def describe(
         if isinstance(module, ModulesToSaveWrapper):
             saved[path] = module
             continue
-        nodes[path] = node = _node(path, module, place)
-        children = reversed(list(node.module._modules.items()))
+        nodes[path] = node = _node(path, module, place, kinds)
+        prefix = f"{path}." if path else ""
         stack += [
-            (f"{path}.{name}" if path else name, child, Place(node.module, name))
-            for name, child in children
+            (prefix + name, child, Place(node.module, name))
+            for name, child in reversed(node.module._modules.items())
             if child is not None
         ]
     return Description(model, nodes, saved)
@@ -119,7 +121,7 @@ def base_modules(model: nn.Module) -> Iterator[nn.Module]:
     stack, seen = [model], set()
     while stack:
         module = stack.pop()
-        while isinstance(module, LoraLayer):
+        while "base_layer" in module._modules and isinstance(module, LoraLayer):
             module = module.base_layer
         if module not in seen:
             seen.add(module)
@@ -136,15 +138,17 @@ def _without(module: nn.Module, adapter: str) -> nn.Module:
     return module
 
 
-def _node(path: str, module: nn.Module, place: Place | None) -> Node:
+def _node(path: str, module: nn.Module, place: Place | None, kinds: dict[type, LayerKind | None]) -> Node:
+    """The node of one module; `kinds` is what was found of modules of the same class."""
     places = () if place is None else (place,)
-    if isinstance(module, ParamWrapper):
-        base = module.get_base_layer()
-        wrappers, layer = tuple(module.chain()), None
-    else:
-        wrappers, layer = (), module if isinstance(module, LoraLayer) else None
-        base = module if layer is None else layer.base_layer
-    kind = kind_of(base)
+    wrappers: tuple[ParamWrapper, ...] = ()
+    layer = module if "base_layer" in module._modules and isinstance(module, LoraLayer) else None
+    base = module if layer is None else layer.base_layer
+    if isinstance(layer, ParamWrapper):
+        base, wrappers, layer = layer.get_base_layer(), tuple(layer.chain()), None
+    if type(base) not in kinds or may_be_opaque(type(base)):
+        kinds[type(base)] = kind_of(base)
+    kind = kinds[type(base)]
     return Node(path, base, kind, layer, wrappers, places, None if kind is None else find_codec(base))
 
 
@@ -158,9 +162,14 @@ def is_read_by_parent(module: nn.Module) -> bool:
     return type(module) is NonDynamicallyQuantizableLinear
 
 
-def may_read(parent: nn.Module, name: str) -> bool:
-    """Whether some forward of the parent computes with the weight of this child and does not call it."""
-    return any(name in _READ.get(kind.__name__, ()) for kind in type(parent).__mro__)
+def is_read(node: Node) -> bool:
+    """Whether some forward of a parent computes with the module's weight and does not call it."""
+    return any(
+        place.attribute in _READ.get(kind.__name__, ())
+        for place in node.places
+        if place.attribute in _EVER_READ
+        for kind in type(place.owner).__mro__
+    )
 
 
 # Torch's encoder layer does so in eval mode, the state-space mixers with their CUDA kernels (and the first kinds always
@@ -173,3 +182,4 @@ _READ: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("Mamba2Mixer", "BambaMixer", "FalconH1Mixer", "NemotronHMamba2Mixer"), _GATED),
     **dict.fromkeys(("GraniteMoeHybridMambaLayer", "Zamba2MambaMixer"), _GATED),
 }
+_EVER_READ = frozenset(name for names in _READ.values() for name in names)

@@ -371,7 +371,7 @@ class AdapterRegistry:
     def put(places: tuple[Place, ...], module: nn.Module) -> None:
         """Put a module where places are."""
         for place in places:
-            setattr(place.owner, place.attribute, module)
+            place.put(module)
 
     def replicate(self, replication: Replication | None) -> None:
         """Put a deeper list of layers in place, or the base's own back."""

@@ -19,7 +19,7 @@ from lorakit.init.registry import (
 from lorakit.layers import PARAMETER, attention_parts
 from lorakit.layers.whole import has_own_forward
 from lorakit.specs import AdapterSpec, adapter_dtype, scaling_of
-from lorakit.surgery.describe import is_read_by_parent, may_read
+from lorakit.surgery.describe import is_read, is_read_by_parent
 from lorakit.surgery.paths import joined
 from lorakit.surgery.registry import find_registry
 from lorakit.variants import variant_of
@@ -104,7 +104,7 @@ def module_rows(node: Node, rules: Rules, description: Description) -> list[Adap
     assert codec is not None
     layout = codec.layout(node.module) if node.layer is None else node.layer.layout
     drops = node.kind.is_linear or not has_own_forward(node.module)
-    called = drops and not any(may_read(place.owner, place.attribute) for place in node.places)
+    called = drops and not is_read(node)
     kept = _kept(codec, node.module)
     return _row(node.path, node.kind, layout, kept, rules, drops=drops, called=called)
 
@@ -351,7 +351,7 @@ def _why_not(node: Node) -> str:
     codec = node.codec
     # a linear layer gives such a parent a stand-in, which a quantised weight does not fit into
     apart = not node.kind.is_linear or (codec is not None and codec.on_grid)
-    if apart and any(may_read(place.owner, place.attribute) for place in node.places):
+    if apart and is_read(node):
         return (
             f"{type(node.places[0].owner).__name__} reads this layer's weight without calling it, so an adapter would "
             "not act; leave it out with exclude_modules"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorakit.config import SEQ_CLS_HEADS, TARGET_MODULES, NearNames, TaskType
+from lorakit.config.suggest import suffixes
 from lorakit.errors import PlanError
 from lorakit.surgery.describe import is_read_by_parent
 
@@ -78,8 +79,12 @@ def shortest_names(chosen: Collection[str], paths: Collection[str]) -> set[str]:
     "model.layers.0.mlp.up_proj" becomes "up_proj" unless a path that was not chosen ends so too. A config
     written with these names stays readable, and loads into the same modules everywhere.
     """
-    others = {ending for path in paths if path not in chosen for ending in _endings(path)}
-    return {next((name for name in _endings(path) if name not in others), path) for path in chosen}
+    others = {ending for path in paths if path not in chosen for ending in suffixes(path)}
+    last = {path.rpartition(".")[2] for path in chosen}
+    longer = [path for path in chosen if path.rpartition(".")[2] in others]
+    return (last - others) | {
+        next((name for name in _endings(path) if name not in others), path) for path in longer
+    }
 
 
 def _endings(path: str) -> list[str]:

@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 from lorakit.layers import PARAMETER, Linear, ParamWrapper, Place
 from lorakit.layers.together import group_of, is_alike
-from lorakit.surgery.describe import may_read
+from lorakit.surgery.describe import is_read
 from lorakit.surgery.naming import outermost_first
 from lorakit.weights import find_codec
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import nn
 
     from lorakit.layers import LoraLayer
@@ -29,25 +31,32 @@ def wrap_module(registry: AdapterRegistry, description: Description, path: str) 
     layer = kind.layer(node.module, codec)
     _prepare(registry, layer)
     if isinstance(layer, Linear):
-        layer.is_read = any(may_read(place.owner, place.attribute) for place in node.places)
+        layer.__dict__["is_read"] = is_read(node)
     registry.install(path, node.places, layer)
     registry.layers[path] = layer
-    if isinstance(layer, Linear) and node.places and is_alike(node.places[0].attribute):
-        _group(layer, node.places[0].owner)
 
 
-def _group(layer: Linear, parent: nn.Module) -> None:
-    """Join a layer to those of its siblings that may read the same input."""
-    row = layer.layout.row
-    siblings = {
-        name: child
-        for name, child in parent._modules.items()
-        if isinstance(child, Linear) and child.layout.row == row and is_alike(name)
-    }
-    group = group_of(siblings)
-    if group is not None:
-        for sibling in siblings.values():
-            sibling.group = group
+def group_siblings(registry: AdapterRegistry, description: Description, paths: Iterable[str]) -> None:
+    """Join layers, just wrapped, to those of their siblings that may read the same input."""
+    found: set[tuple[nn.Module, tuple[int, ...]]] = set()
+    for path in paths:
+        layer = registry.layers[path]
+        if isinstance(layer, Linear):
+            found.update(
+                (place.owner, layer.layout.row)
+                for place in description.nodes[path].places[:1]
+                if is_alike(place.attribute)
+            )
+    for parent, row in found:
+        siblings = {
+            name: child
+            for name, child in parent._modules.items()
+            if type(child) is Linear and child.layout.row == row and is_alike(name)
+        }
+        group = group_of(siblings)
+        if group is not None:
+            for sibling in siblings.values():
+                sibling.__dict__["group"] = group
 
 
 def wrap_parameter(registry: AdapterRegistry, description: Description, path: str) -> None:

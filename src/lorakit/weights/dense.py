@@ -139,7 +139,8 @@ class DenseCodec:
 
     @staticmethod
     def _weight(base: nn.Module) -> nn.Parameter:
-        weight = base.weight
+        held = base._parameters.get("weight")  # as an attribute it costs four times as much
+        weight = base.weight if held is None else held
         assert isinstance(weight, torch.Tensor)  # no parameter inside of `torch.func.functional_call`
         return cast("nn.Parameter", weight)
 

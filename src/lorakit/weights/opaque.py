@@ -69,6 +69,11 @@ def backend_of(base: nn.Module) -> str | None:
     return _kind_of_linear(base) if isinstance(base, nn.Linear) else None
 
 
+def may_be_opaque(kind: type[nn.Module]) -> bool:
+    """Whether a class is a known one, so that it depends on the module's weight whether it is read or only called."""
+    return _known_as(kind) is not None  # type: ignore[arg-type]  # as above
+
+
 @lru_cache(maxsize=1024)  # a model has hundreds of modules and a dozen classes
 def _known_as(kind: type[nn.Module]) -> str | None:
     """What layers of a class, or of one that it comes from, are called."""
