@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     from lorakit.types import Factors
 
-TILE_ELEMENTS = 4 * 2**20  # 16 MiB of float32
+# 4 MiB of float32. With 16 every tile is mapped anew by the allocator: a merge on disk of 1 GB had 140,000 page faults
+# instead of 8,000 and took 1.15 times the CPU time, one in memory of a bf16 weight 1.2 times. Less gains nothing.
+TILE_ELEMENTS = 2**20
 
 
 def tile_rows(shape: tuple[int, int]) -> int:

@@ -14,6 +14,7 @@ import transformers
 
 from lorakit import LoraConfig, merge_checkpoint
 from lorakit.checkpoint.merging import merge, streaming, work
+from lorakit.checkpoint.merging.scratch import Scratch
 from lorakit.errors import AdapterFormatError, ConfigError, NonFiniteError
 from merging import read_bytes, save_adapter, save_base
 from models import tiny_llama
@@ -230,14 +231,42 @@ def test_files_have_the_mode_that_the_umask_leaves(root):
     assert modes == {0o640}
 
 
+# ---- memory ---------------------------------------------------------------------------------------------
+
+
+def test_tiles_lie_where_the_tiles_before_them_lay(root, monkeypatch):
+    monkeypatch.setattr("lorakit.ops.merge.TILE_ELEMENTS", 16)
+    rounded, tiles = streaming.rounded, []
+
+    def seen(tile, dtype, name, memory):
+        found = rounded(tile, dtype, name, memory)
+        tiles.append((tile, found))  # held, so that no allocator can give the same place twice
+        return found
+
+    monkeypatch.setattr(streaming, "rounded", seen)
+    run(root, dtype="float16")
+    assert len(tiles) > 50
+    for made in zip(*tiles, strict=True):
+        assert len({each.untyped_storage().data_ptr() for each in made}) < 5
+
+
+def test_scratch_memory_is_one_for_each_use():
+    memory = Scratch()
+    first, other = memory("a", 6, torch.float32).fill_(1), memory("b", 6, torch.float32).fill_(2)
+    assert first.tolist() == [1] * 6
+    assert memory("a", 12, torch.bfloat16).data_ptr() == first.data_ptr()
+    assert memory("a", 7, torch.float32).shape == (7,)
+    assert other.tolist() == [2] * 6
+
+
 # ---- reading back ---------------------------------------------------------------------------------------
 
 
 def test_verifying_sees_a_merged_number_that_is_wrong(root, monkeypatch):
     rounded = streaming.rounded
 
-    def wrong(tile, dtype, name):
-        return rounded(tile, dtype, name) * (1.001 if "layers.1.mlp.down" in name else 1)
+    def wrong(tile, dtype, name, memory):
+        return rounded(tile, dtype, name, memory) * (1.001 if "layers.1.mlp.down" in name else 1)
 
     monkeypatch.setattr(streaming, "rounded", wrong)
     with pytest.raises(AdapterFormatError, match=r"down_proj\.weight: read back with an error"):

@@ -64,7 +64,7 @@ def test_merging_tile_by_tile_gives_the_same_bits(dtype, monkeypatch):
 
 
 def test_tiles_are_bounded():
-    assert tile_rows((4096, 4096)) * 4096 * 4 == 16 * 2**20
+    assert tile_rows((4096, 4096)) * 4096 * 4 == 4 * 2**20
     assert tile_rows((8, 10**9)) == 1
 
 

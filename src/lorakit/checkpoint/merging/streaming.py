@@ -8,7 +8,8 @@ from lorakit.checkpoint.atomic import write_all
 from lorakit.checkpoint.copying import copy_bytes
 from lorakit.checkpoint.digest import raw_bytes
 from lorakit.checkpoint.merging.fitting import FLOATS
-from lorakit.checkpoint.merging.tiles import Ready, rounded
+from lorakit.checkpoint.merging.scratch import Scratch
+from lorakit.checkpoint.merging.tiles import Ready, converted, rounded
 from lorakit.errors import AdapterFormatError
 from lorakit.ops import is_finite
 
@@ -19,10 +20,11 @@ if TYPE_CHECKING:
 
     from lorakit.checkpoint.merging.changes import Change
     from lorakit.checkpoint.merging.output import OutFile, OutTensor, Segment
+    from lorakit.checkpoint.merging.scratch import Memory
     from lorakit.checkpoint.merging.weight import Weight, WeightReader
     from lorakit.checkpoint.shards import ModelShards, ShardReader
 
-_AT_ONCE = 1 << 22  # elements that are converted at a time
+_AT_ONCE = 1 << 20  # elements that are converted at a time
 _COPIED = 1 << 28  # bytes that are copied between two reports
 
 
@@ -42,6 +44,7 @@ class Streamer:
         self._shards, self._reader, self._weights, self._told = shards, reader, weights, told
         self._last: Ready | None = None
         self._change: Change | None = None
+        self._memory = Scratch()
 
     def write(self, file: OutFile, descriptor: int) -> None:
         """Write a whole file to a descriptor.
@@ -66,14 +69,14 @@ class Streamer:
 
     def _merge(self, tensor: OutTensor, segment: Segment, descriptor: int) -> None:
         for tile in self._ready(segment.change).tiles(segment.offset, segment.count):
-            values = rounded(tile.values, tensor.info.dtype, tensor.name)
+            values = rounded(tile.values, tensor.info.dtype, tensor.name, self._memory)
             self._put(values.contiguous(), descriptor)
 
     def _ready(self, change: Change) -> Ready:
         # experts that lie in several tensors share one change
         if self._last is None or self._change is not change:
             self._last = None  # before the next one is read
-            self._last, self._change = Ready(change, self._weights), change
+            self._last, self._change = Ready(change, self._weights, memory=self._memory), change
         return self._last
 
     def _copy(self, tensor: OutTensor, begin: int, count: int, descriptor: int) -> None:
@@ -82,8 +85,9 @@ class Streamer:
             return
         assert tensor.source.dtype in FLOATS
         for start in range(begin, begin + count, _AT_ONCE):
-            part = self._weights.elements(tensor.source, start, min(_AT_ONCE, begin + count - start))
-            self._put(_converted(part, tensor), descriptor)
+            here = min(_AT_ONCE, begin + count - start)
+            part = self._weights.elements(tensor.source, start, here, self._memory)
+            self._put(_in_dtype(part, tensor, self._memory), descriptor)
 
     def _copy_bytes(self, source: Weight, begin: int, count: int, descriptor: int) -> None:
         size, passed = source.dtype.itemsize, 0
@@ -103,6 +107,8 @@ class Streamer:
             passed += piece.count
 
 
-def _converted(part: torch.Tensor, tensor: OutTensor) -> torch.Tensor:
+def _in_dtype(part: torch.Tensor, tensor: OutTensor, memory: Memory) -> torch.Tensor:
     """Untouched numbers in another dtype; those that are finite must stay so."""
-    return rounded(part, tensor.info.dtype, tensor.name) if is_finite(part) else part.to(tensor.info.dtype)
+    if is_finite(part):
+        return rounded(part, tensor.info.dtype, tensor.name, memory)
+    return converted(part, tensor.info.dtype, memory)

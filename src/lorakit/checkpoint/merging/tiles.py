@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
+from lorakit.checkpoint.merging.scratch import fresh
 from lorakit.errors import NonFiniteError, at_path
-from lorakit.ops.merge import merge_delta, tile_rows
+from lorakit.ops import is_finite, merge_delta, tile_rows
 from lorakit.types import Factors
 from lorakit.variants import Effect
 from lorakit.weights.dense import add_biases
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from lorakit.checkpoint.merging.changes import Change
     from lorakit.checkpoint.merging.fitting import Fit
+    from lorakit.checkpoint.merging.scratch import Memory
     from lorakit.checkpoint.merging.weight import WeightReader
     from lorakit.layouts import Layout
 
@@ -44,11 +46,14 @@ class Ready:
         change: of one weight.
         base: reads the checkpoint.
         twice: compute in fp64 throughout, to check against.
+        memory: that tiles are made in; with `Scratch` one tile is gone when the next is asked for.
     """
 
-    def __init__(self, change: Change, base: WeightReader, *, twice: bool = False) -> None:
+    def __init__(
+        self, change: Change, base: WeightReader, *, twice: bool = False, memory: Memory = fresh
+    ) -> None:
         self.weight = change.weight
-        self._change, self._base = change, base
+        self._change, self._base, self._memory = change, base, memory
         is_wide = twice or change.weight.dtype == torch.float64
         self.wide = torch.float64 if is_wide else torch.float32
         self._replaced = None if change.replaced is None else change.replaced.read().flatten()
@@ -118,7 +123,7 @@ class Ready:
         for fit in self._change.biases:
             held = fit.adapter.held(fit.site, fit.named_as, self.weight.dtype, twice=twice)
             blocks.append(fit.layout.split(held.A, held.B, float(held.scaling), held.bias))
-        own = self._source(0, self.weight.count).double()
+        own = self._source(0, self.weight.count).to(torch.float64, copy=True)
         merged = add_biases(nn.Parameter(own, requires_grad=False), blocks)
         assert merged is not None
         return merged.detach()
@@ -151,7 +156,7 @@ class Ready:
         """Elements that factors are added to, in the base's dtype."""
         if self._replaced is not None:
             return self._replaced[begin : begin + count].to(self.weight.dtype)
-        return self._base.elements(self.weight, begin, count)
+        return self._base.elements(self.weight, begin, count, self._memory)
 
     @torch.no_grad()
     def _tile(self, block: int, start: int, stop: int) -> Tensor:
@@ -162,7 +167,7 @@ class Ready:
         for token, row in self._token_rows.items():
             if start <= token < stop:
                 stored[token - start] = row
-        tile = stored.to(self.wide)
+        tile = converted(stored, self.wide, self._memory)
         layout = self.layout
         if layout is None:
             return tile
@@ -178,19 +183,23 @@ class Ready:
         return Factors(factors.A, factors.B[start:stop], factors.scaling)
 
 
-def rounded(tile: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def converted(tile: Tensor, dtype: torch.dtype, memory: Memory) -> Tensor:
+    """The same numbers in another dtype: the tensor itself where it has that already."""
+    if tile.dtype == dtype:
+        return tile
+    return memory(str(dtype), tile.numel(), dtype).view(tile.shape).copy_(tile)
+
+
+def rounded(tile: Tensor, dtype: torch.dtype, name: str, memory: Memory = fresh) -> Tensor:
     """A tile in the dtype of the output.
 
     Raises:
         NonFiniteError: it holds NaN or infinity then.
     """
-    found = tile.to(dtype)
-    if tile.numel():
-        # rounding keeps the order of numbers, so the extremes tell of all
-        extremes = torch.stack(torch.aminmax(tile)).to(dtype)
-        if not bool(torch.isfinite(extremes).all()):
-            raise NonFiniteError(
-                f"{name}: merging would give NaN or infinity in {str(dtype).removeprefix('torch.')}; nothing was written. "
-                "The adapter diverged, the base holds such numbers, or the dtype is too narrow (pass dtype='bfloat16')"
-            )
+    found = converted(tile, dtype, memory)
+    if not is_finite(found):
+        raise NonFiniteError(
+            f"{name}: merging would give NaN or infinity in {str(dtype).removeprefix('torch.')}; nothing was written. "
+            "The adapter diverged, the base holds such numbers, or the dtype is too narrow (pass dtype='bfloat16')"
+        )
     return found

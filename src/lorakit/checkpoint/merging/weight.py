@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorakit.checkpoint.digest import raw_bytes
+from lorakit.checkpoint.merging.scratch import Scratch, fresh
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lorakit.checkpoint.merging.scratch import Memory
     from lorakit.checkpoint.shards import ModelShards, ShardReader
 
 
@@ -54,17 +56,17 @@ class WeightReader:
         self._shards = shards
         self._reader = reader
 
-    def elements(self, weight: Weight, begin: int, count: int) -> Tensor:
-        """(count,) elements from `begin` on, in the dtype of the checkpoint, as a fresh tensor."""
-        found = torch.empty(count, dtype=weight.dtype)
-        memory, size = raw_bytes(found), weight.dtype.itemsize
+    def elements(self, weight: Weight, begin: int, count: int, memory: Memory = fresh) -> Tensor:
+        """(count,) elements from `begin` on, in the dtype of the checkpoint; in fresh memory unless other is given."""
+        found = memory("read", count, weight.dtype)
+        data, size = raw_bytes(found), weight.dtype.itemsize
         passed = done = 0
         for piece in weight.pieces:
             start, stop = max(begin, passed), min(begin + count, passed + piece.count)
             if start < stop:
                 place = self._shards.places[piece.tensor]
                 offset = place.begin + (piece.begin + start - passed) * size
-                part = memory[done * size : (done + stop - start) * size]
+                part = data[done * size : (done + stop - start) * size]
                 self._reader.read_into(part, place.file, offset)
                 done += stop - start
             passed += piece.count
@@ -74,8 +76,9 @@ class WeightReader:
     def whole(self, weight: Weight, dtype: torch.dtype) -> Tensor:
         """The weight in its shape and another dtype, with no second copy of it at any time."""
         found = torch.empty(weight.count, dtype=dtype)
+        memory = Scratch()
         for begin in range(0, weight.count, _AT_ONCE):
-            part = self.elements(weight, begin, min(_AT_ONCE, weight.count - begin))
+            part = self.elements(weight, begin, min(_AT_ONCE, weight.count - begin), memory)
             found[begin : begin + len(part)] = part
         return found.view(weight.shape)
 
