@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -211,6 +212,10 @@ def _inputs(base: nn.Module, config: LoraConfig, batch: int, seq: int) -> dict[s
         return {"input_ids": ids, "labels": one}
     if task == TaskType.QUESTION_ANS:
         return {"input_ids": ids, "start_positions": one, "end_positions": one}
+    if (
+        "labels" not in signature(base.forward).parameters
+    ):  # an encoder alone: whatever follows it has the loss
+        return {"input_ids": ids}
     return {"input_ids": ids, "labels": ids}
 
 

@@ -46,7 +46,7 @@ def trace_step(model: nn.Module, inputs: Mapping[str, Tensor], vocabulary: int) 
     """Run one step on meta tensors.
 
     Args:
-        model: on the meta device, in train mode; its output has a `loss`.
+        model: of transformers, on the meta device, in train mode.
         inputs: its arguments, on the meta device.
         vocabulary: the last dimension of what counts as logits.
 
@@ -63,7 +63,7 @@ def trace_step(model: nn.Module, inputs: Mapping[str, Tensor], vocabulary: int) 
         with ExitStack() as stack:
             for context in (nodes_on_meta(), _AsOnDevice(), tracker):
                 stack.enter_context(context)
-            loss = model(**inputs).loss  # as Trainer does, which lets go of the logits before the backward
+            loss = _loss(model(**inputs))  # as Trainer does, which lets go of the logits before the backward
             _backward(loss)
     finally:
         for handle in handles:
@@ -71,6 +71,12 @@ def trace_step(model: nn.Module, inputs: Mapping[str, Tensor], vocabulary: int) 
         for parameter in model.parameters():
             parameter.grad = None
     return tracker.peak
+
+
+def _loss(output: Any) -> Tensor:
+    """A model's own loss; of one that has none the mean of what it gives."""
+    found: Tensor | None = output.get("loss")
+    return output[0].mean() if found is None else found
 
 
 def _backward(loss: Tensor) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
@@ -103,6 +105,22 @@ def test_parts_are_those_of_a_real_step(kind, checkpointing, dtype):
     if checkpointing:
         model.gradient_checkpointing_enable()
     check(found, model, kind)
+
+
+def test_parts_of_an_encoder_without_a_loss():
+    lora = adapter(task_type="FEATURE_EXTRACTION")
+    found = lorakit.estimate(config_of("bert"), lora, batch=BATCH, seq=SEQ, dtype="float32")
+    model = lorakit.get_peft_model(AutoModel.from_config(config_of("bert")), lora).train()
+    batch = inputs("llama")
+    step = SimpleNamespace(loss=None)
+
+    def run(input_ids, **_):
+        step.loss = model(input_ids=input_ids)[0].mean()
+        return step
+
+    run.zero_grad = model.zero_grad
+    assert found.activations == pytest.approx(allocated_at_most(run, batch), rel=0.08)
+    assert found.logits == 0
 
 
 @pytest.mark.parametrize(
