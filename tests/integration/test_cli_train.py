@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import fields
 
 import pytest
@@ -141,43 +144,148 @@ def free_port():
         return found.getsockname()[1]
 
 
-def launched(count, *arguments):
-    """`python -m lorakit train ...` as torchrun starts it, in `count` processes; their outputs and codes."""
-    port = str(free_port())
-    processes = []
-    for rank in range(count):
-        places = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "lorakit", "train", *map(str, arguments)],
-                env=os.environ | places | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"},
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            )
-        )  # fmt: skip
-    return [(*process.communicate(timeout=240), process.returncode) for process in processes]
+LAUNCHERS = {  # without a GPU both take the CPU
+    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port"],
+    "accelerate launch": [
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+        "--dynamo_backend", "no", "--main_process_port",
+    ],
+}  # fmt: skip
+
+
+def launched(launcher, *arguments):
+    """`lorakit train ...` in two processes, as a person launches them; gives what was printed."""
+    started = [sys.executable, "-m", *LAUNCHERS[launcher], str(free_port()), "-m", "lorakit", "train"]
+    found = subprocess.run(
+        [*started, *map(str, arguments)], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=240, check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def changes_in(folder):
+    """B A of each layer: EVA's directions have no sign."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {key: tensors[key.replace("_A", "_B")] @ A for key, A in tensors.items() if "lora_A" in key}
+
+
+def distance(one, two):
+    assert one.keys() == two.keys()
+    return max((one[key] - two[key]).abs().max().item() for key in one)
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(files, tmp_path):
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_train_as_one_and_go_on(files, tmp_path, launcher):
     """Each takes half of a batch of eight, with plain SGD, so the sums of gradients are the same up to rounding."""
-    shared = (
+    shared = [
+        "--config", files / "run.yaml", "--optimizer", "sgd", "--schedule", "constant", "--max-steps", 4, "--save-steps", 2,
+        "--lr", 0.1, "--init", "eva", "--json",
+    ]  # fmt: skip
+    halves = [*shared, "-o", tmp_path / "two", "--batch", 4, "--init-batches", 2]
+    told = json.loads(launched(launcher, *halves))  # one of the two prints, and nothing but the result
+    assert told["steps"] == 4
+    checkpoint = tmp_path / "two" / "checkpoint-2"
+    assert {path.name for path in checkpoint.glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
+    outcome = call(*shared, "-o", tmp_path / "one", "--batch", 8, "--init-batches", 1)
+    assert outcome.exit_code == 0, outcome.output
+    one, two = changes_in(tmp_path / "one"), changes_in(tmp_path / "two")
+    assert distance(one, two) < 1e-5
+    assert max(change.abs().max().item() for change in one.values()) > 1e-3
+    assert distance(changes_in(checkpoint), two) > 1e-4
+    if launcher != "torchrun":
+        return
+    shutil.rmtree(tmp_path / "two" / "checkpoint-4")
+    told = json.loads(launched(launcher, *halves, "--resume"))
+    assert (told["resumed_from"], told["steps"]) == (2, 4)
+    assert distance(changes_in(tmp_path / "two"), two) == 0.0
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_ctrl_c_says_what_is_saved_and_how_to_go_on(files, tmp_path, monkeypatch, after):
+    def interrupted(self, args, state, control, **_):
+        if state.global_step == after + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("lorakit.training.trainer.Told.on_step_end", interrupted)
+    arguments = (
         "--config",
         files / "run.yaml",
-        "--optimizer",
-        "sgd",
-        "--schedule",
-        "constant",
-        "--max-steps",
+        "-o",
+        tmp_path / "out",
+        "--epochs",
         3,
+        "--save-steps",
+        2,
         "--json",
     )
-    (told, complained, code), (silent, _, other) = launched(2, *shared, "-o", tmp_path / "two", "--batch", 4)
-    assert (code, other) == (0, 0), complained
-    assert silent == ""
-    assert json.loads(told)["steps"] == 3
-    outcome = call(*shared, "-o", tmp_path / "one", "--batch", 8)
+    outcome = call(*arguments)
+    assert outcome.exit_code == 130
+    assert outcome.stdout == ""
+    if after == 0:
+        assert "interrupted; nothing is saved: no checkpoint was finished" in outcome.stderr
+        return
+    assert (
+        f"{tmp_path / 'out' / 'checkpoint-2'} is whole, and the same command with --resume" in outcome.stderr
+    )
+    monkeypatch.undo()
+    outcome = call(*arguments, "--resume")
     assert outcome.exit_code == 0, outcome.output
-    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    assert max((one[key] - two[key]).abs().max().item() for key in one) < 1e-5
-    assert any(one[key].abs().max() > 1e-4 for key in one if "lora_B" in key)
+    assert json.loads(outcome.stdout)["resumed_from"] == 2
+
+
+@pytest.mark.slow
+def test_a_signal_ends_it_as_a_shell_expects(files, tmp_path):
+    """SIGINT to the process itself, once a checkpoint is there."""
+    arguments = [
+        "--config",
+        files / "run.yaml",
+        "-o",
+        tmp_path / "out",
+        "--epochs",
+        100_000,
+        "--save-steps",
+        5,
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lorakit", "train", *map(str, arguments)], stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    try:
+        while process.poll() is None and not (tmp_path / "out" / "checkpoint-10" / "settings.json").exists():
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, complained = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "is whole, and the same command with --resume goes on from there" in complained
+    assert "Traceback" not in complained
+
+
+def test_a_full_disk_is_told_in_one_line(files, tmp_path, monkeypatch):
+    """torch hides what the disk says in an error of its own."""
+    arguments = ("--config", files / "run.yaml", "-o", tmp_path / "out", "--epochs", 2, "--save-steps", 2)
+
+    def full(self, *_):
+        if self.state.global_step > 2:
+            raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr("transformers.Trainer._save_rng_state", full)
+    outcome = call(*arguments)
+    assert outcome.exit_code == 1
+    assert len(outcome.stderr.strip().splitlines()) == 1
+    assert "checkpoint-4: " in outcome.stderr
+    assert "the checkpoints before it are whole" in outcome.stderr
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(("variable", "name"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
+def test_launches_that_split_the_base_are_refused_by_name(files, tmp_path, monkeypatch, variable, name):
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
+    outcome = call("--config", files / "run.yaml", "-o", tmp_path / "out")
+    assert outcome.exit_code == 1
+    assert f"accelerate is set to {name}" in outcome.stderr
+    assert "accelerate launch --multi_gpu" in outcome.stderr
+    assert not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ from lorakit.cli.output import AsJson, console_for, escaped, print_json, progres
 from lorakit.cli.setting_options import with_settings
 from lorakit.demo.model import model_folder
 from lorakit.demo.task import build_task
+from lorakit.training.run import last_checkpoint
 from lorakit.training.run import train as library_train
 from lorakit.training.settings import TrainConfig, read_settings
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lorakit.demo.task import Split, Task
     from lorakit.training.run import TrainResult
 
+_INTERRUPTED = 130  # what a shell gives a command that Ctrl-C ended
 _DEMO = {"output": "train-output", "batch": 32, "learning_rate": 2e-3, "max_length": 48, "warmup": 0.1}
 
 
@@ -62,15 +64,21 @@ def train(
     missing = [f"--{name}" for name in ("model", "output", "data") if name not in chosen and demo is None]
     if missing:
         raise typer.BadParameter(f"wanted {' and '.join(missing)}, here or in the file of settings")
-    with _shown(as_json=as_json) if is_first else _silent() as show:
-        result = library_train(
-            TrainConfig(**chosen),
-            rows=None if demo is None else _rows(demo, demo.train),
-            eval_rows=None if demo is None else _rows(demo, demo.test),
-            resume=resume,
-            overwrite=overwrite,
-            progress=show,
-        )
+    _quieten_transformers()
+    try:
+        with progress(as_json=as_json) if is_first else _silent() as show:
+            result = library_train(
+                TrainConfig(**chosen),
+                rows=None if demo is None else _rows(demo, demo.train),
+                eval_rows=None if demo is None else _rows(demo, demo.test),
+                resume=resume,
+                overwrite=overwrite,
+                progress=show,
+            )
+    except KeyboardInterrupt:
+        if is_first:
+            _tell_stopped(chosen["output"])
+        raise typer.Exit(_INTERRUPTED) from None
     if is_first:
         _tell(result, console, as_json=as_json)
 
@@ -84,6 +92,17 @@ def _tell(result: TrainResult, console: Console, *, as_json: bool) -> None:
         console.print(f"note: {escaped(note)}")
 
 
+def _tell_stopped(output: str) -> None:
+    found = last_checkpoint(output)
+    if found is None:
+        said = "nothing is saved: no checkpoint was finished; --save-steps says how often one is"
+    else:
+        said = f"{found} is whole, and the same command with --resume goes on from there"
+    console_for(as_json=True).print(
+        f"lorakit: interrupted; {escaped(said)}", style="red", highlight=False, soft_wrap=True
+    )
+
+
 def _rows(task: Task, split: Split) -> list[dict[str, Any]]:
     return [
         {"text": text, "label": task.label_names[label]}
@@ -92,20 +111,17 @@ def _rows(task: Task, split: Split) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _shown(*, as_json: bool) -> Iterator[Report]:
-    """Our bars, none of transformers', and not its report that a classifier's head is new."""
+def _silent() -> Iterator[Report]:
+    """What another process than the first shows: nothing."""
+    yield lambda what, done, total: None  # noqa: ARG005
+
+
+def _quieten_transformers() -> None:
+    """None of its bars, and not its report that a classifier's head is new."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    with progress(as_json=as_json) as show:
-        yield show
-
-
-@contextmanager
-def _silent() -> Iterator[Report]:
-    """What another process than the first shows: nothing."""
-    yield lambda what, done, total: None  # noqa: ARG005
 
 
 def _table(result: TrainResult) -> Table:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import inspect
 import json
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 RAW_NAME = "trainer_adapter.safetensors"
 """The adapter as it is in memory, where the adapter file has it in another form (`lorakit.exporting`)."""
 _STATE_NAME = "trainer_state.json"
+_TORCH_WRITES = re.compile("inline_container|iostream error")
+"""What torch says when it cannot write a file."""
 
 
 class AdapterTrainerMixin:
@@ -122,7 +125,7 @@ class AdapterTrainerMixin:
         except BaseException as error:
             if self.args.should_save and not is_finished(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, (OSError, SafetensorError)) or "PytorchStreamWriter" in str(error):
+            if isinstance(error, (OSError, SafetensorError)) or _TORCH_WRITES.search(str(error)):
                 raise _refused(error, folder) from error
             raise
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import time
@@ -23,7 +24,6 @@ from lorakit.training.rows import CLASSES, hold_out, kind_of_rows, labels_of, re
 from lorakit.training.settings import check_same_adapter
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Sequence
 
     from lorakit.peft_model import PeftModel
@@ -108,11 +108,12 @@ def train(
         AdapterNotFoundError, AdapterFormatError: the model or a file of rows is not there, or cannot be read.
         ConfigError: rows are of no kind or of several, the output folder is in use, or the model cannot do the task.
         PlanError: the adapter does not fit the model.
-        UnsupportedError: a package is missing that the run needs.
+        UnsupportedError: a package is missing that the run needs, or accelerate is to split the base (FSDP, DeepSpeed).
         OSError: the disk refused; checkpoints that were finished are whole.
     """
     if importlib.util.find_spec("accelerate") is None:
         raise UnsupportedError("training needs accelerate: pip install 'lorakit[train]'")
+    _check_launch()
     output = Path(settings.output).expanduser()
     settings = replace(settings, output=str(output))
     checkpoint = _checked_output(output, resume=resume, overwrite=overwrite)
@@ -157,6 +158,16 @@ def train(
         return result
     model.save_pretrained(output)
     return _reported(result, settings, output)
+
+
+def _check_launch() -> None:
+    """Refuse a launch that splits the base over processes: adapters on split weights are not tested."""
+    for variable, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(variable, "").lower() in {"1", "true", "yes"}:
+            raise UnsupportedError(
+                f"accelerate is set to {name}, which splits the base over processes; each process has to hold it whole: "
+                "launch with torchrun or accelerate launch --multi_gpu, and set load_in_4bit where it does not fit"
+            )
 
 
 def _model(settings: TrainConfig, data: _Data, pad: int, look: Look, checkpoint: Path | None) -> PeftModel:
