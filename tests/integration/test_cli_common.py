@@ -124,6 +124,23 @@ def test_a_warning_is_one_line_on_stderr(folders, verb):
         assert "warning" not in outcome.stdout
 
 
+def test_without_a_terminal_downloads_have_no_bar_either():
+    program = """
+from lorakit.cli import main
+try:
+    main()
+except SystemExit:
+    from huggingface_hub.utils import are_progress_bars_disabled
+    print(are_progress_bars_disabled())
+"""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
+    call = [sys.executable, "-c", program, "inspect", "org/nothing"]
+    done = subprocess.run(call, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
+    assert "org/nothing: neither a local folder nor" in done.stderr
+
+
 def test_a_reader_that_has_enough_is_no_error(folders):
     """`lorakit inspect ... | head -1`."""
     program = "from lorakit.cli import main; main()"

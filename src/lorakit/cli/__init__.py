@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> None:
     """Run the command line; exit code 0 on success, 1 on a refusal, 2 on a wrong call."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # which is read when it is imported
     try:
         from lorakit.cli.app import app
     except ImportError as error:
