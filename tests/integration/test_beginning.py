@@ -143,6 +143,21 @@ def test_loftq_makes_up_for_what_four_bits_took(bases, tmp_path):
         )
 
 
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal", "pissa", "olora", "mica", "eva"])
+def test_a_base_in_four_bits_goes_with_these(bases, tmp_path, init):
+    found = lorakit.train(
+        settings(bases / "llama", tmp_path / "out", init=init, load_in_4bit=True, epochs=6),
+        rows=PAIRS,
+        eval_rows=PAIRS[:4],
+    )
+    assert found.losses[-1][1] < 0.9 * found.losses[0][1]
+    base = lorakit.prepare_model_for_kbit_training(
+        in_four_bits(bases / "llama"), use_gradient_checkpointing=False
+    )
+    model = lorakit.PeftModel.from_pretrained(base, tmp_path / "out")
+    assert loss_of(model, PAIRS[:4]) == pytest.approx(found.evaluations[-1][1], rel=1e-3)
+
+
 def in_four_bits(folder):
     from transformers import BitsAndBytesConfig
 
