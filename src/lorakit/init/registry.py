@@ -54,6 +54,8 @@ REPLACES_BASE = frozenset({"loftq"})
 """Schemes that are meant to change the base (`InitResult.base_weight`)."""
 FROM_WEIGHT = frozenset({"pissa", "olora", "mica", "loftq"})
 """Schemes that begin from a decomposition of the weight, or of what quantisation takes from it."""
+_ASK = FROM_WEIGHT | REPLACES_BASE | {"orthogonal"}
+"""Schemes that cannot begin on every weight."""
 _FROM_SHAPES = frozenset({kaiming, gaussian, random, orthogonal})
 """Functions that look at no weight: none is got ready for them, and no graph could come of what they draw."""
 
@@ -83,6 +85,8 @@ def why_not_begin(init: str, layout: Layout, r: int, *, on_grid: bool = False) -
         r: the adapter's rank.
         on_grid: whether the weight is quantised.
     """
+    if init not in _ASK:
+        return ""
     rank, (out, inner) = layout.block_rank(r), layout.block_shape
     where = " for each group" if layout.groups > 1 else ""
     if init == "orthogonal" and rank % 2:

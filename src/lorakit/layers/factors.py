@@ -45,7 +45,9 @@ def bare(kind: type[_M]) -> _M:
 def let_go(name: str, *holders: nn.ModuleDict | nn.ParameterDict) -> None:
     """Drop what is held under a name; an adapter that was put on only in part is not in all of them."""
     for holder in holders:
-        if name in holder:
+        if type(holder) is nn.ModuleDict:
+            holder._modules.pop(name, None)
+        elif name in holder:
             del holder[name]
 
 

@@ -257,13 +257,18 @@ class HoldingLayer(MergingLayer):
             let_go(name, self.lora_dropout)
             for values in (self.r, self.lora_alpha, self.scaling, self.use_rslora, self.lora_bias):
                 values.pop(name, None)
-        if self.token_adapter is not None:
-            self.tied_rows.pop(name, None)
-            self.token_adapter.remove(name)
-            if not self.token_adapter.adapters:
-                self.token_adapter = None
-        self._active = tuple(active for active in self._active if active != name)
+        if self._modules["token_adapter"] is not None:
+            self._remove_rows(name)
+        if name in self._active:
+            self.__dict__["_active"] = tuple(active for active in self._active if active != name)
         self._install()
+
+    def _remove_rows(self, name: str) -> None:
+        assert self.token_adapter is not None
+        self.tied_rows.pop(name, None)
+        self.token_adapter.remove(name)
+        if not self.token_adapter.adapters:
+            self.token_adapter = None
 
     @property
     def adapters(self) -> tuple[str, ...]:

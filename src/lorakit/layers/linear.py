@@ -236,9 +236,7 @@ class Linear(LoraLayer):
         return y + added
 
     def _hold(self, name: str, A: Tensor, B: Tensor, bias: Tensor | None) -> None:
-        held = cast(
-            "Mapping[str, nn.ModuleDict]", self._modules
-        )  # as attributes they cost a microsecond each
+        held: Any = self._modules  # as attributes they cost a microsecond each
         held["lora_A"]._modules[name] = plain_linear(A)
         held["lora_B"]._modules[name] = plain_linear(B, bias)
 

@@ -159,10 +159,15 @@ def switch(
 
 def _holders(layer: LoraLayer) -> list[nn.Module] | None:
     """What holds the parameters of adapters on a layer, by adapter; None of a layer that is to be switched by itself."""
-    parts = layer._modules
-    holders = [holder for part, holder in parts.items() if part not in NO_FACTORS and holder is not None]
-    plain = all(PLAIN.issuperset(map(type, holder._modules.values())) for holder in holders)
-    return holders if plain and parts["token_adapter"] is None and not layer.frozen else None
+    if layer.frozen or layer._modules["token_adapter"] is not None:
+        return None
+    holders = []
+    for part, holder in layer._modules.items():
+        if part not in NO_FACTORS and holder is not None:
+            if not PLAIN.issuperset(map(type, holder._modules.values())):
+                return None
+            holders.append(holder)
+    return holders
 
 
 def _without(some: Iterable[nn.Module], modules: Iterable[nn.Module | None]) -> list[nn.Module | None]:

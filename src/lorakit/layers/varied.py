@@ -82,9 +82,10 @@ def drop_parts(layer: HoldingLayer, name: str) -> None:
             let_go(name, holder)
             if not len(holder):
                 del layer._modules[place.holder]
-    if layer.lora_offset is not None:
-        let_go(name, layer.lora_offset)
-        if not len(layer.lora_offset):
+    offsets = layer._modules["lora_offset"]
+    if isinstance(offsets, nn.ModuleDict):
+        let_go(name, offsets)
+        if not len(offsets):
             layer.lora_offset = None
     layer.frozen.pop(name, None)
     layer.kept.pop(name, None)

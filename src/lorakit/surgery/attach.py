@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from lorakit.init import InitResult
     from lorakit.layers import LoraLayer, ParamWrapper
     from lorakit.specs import AdapterSpec
     from lorakit.surgery.plan import Plan
@@ -156,6 +157,8 @@ def _initial(plan: Plan) -> dict[str, New]:
 def _begun(spec: AdapterSpec, read: Callable[[torch.dtype], Tensor]) -> New:
     """A new adapter on one weight, as its initialiser and its variant say."""
     results = initialise(spec, read)
+    if spec.variant is None and not any(map(_is_more_than_factors, results)):
+        return New.of(spec, [result.factors for result in results])
     tensors = _as_stored(spec, [result.factors for result in results])
     offset = tuple(result.offset for result in results if result.offset is not None) or _offset(spec, read)
     weights = [result.base_weight for result in results if result.base_weight is not None]
@@ -168,6 +171,10 @@ def _begun(spec: AdapterSpec, read: Callable[[torch.dtype], Tensor]) -> New:
         tensors |= variant.start(Start(spec, tensors["A"], tensors["B"], read))
     misfits = [result.misfit for result in results if result.misfit is not None]
     return New(tensors, offset, weight, Misfit.total(misfits) if misfits else None)
+
+
+def _is_more_than_factors(result: InitResult) -> bool:
+    return result.offset is not None or result.base_weight is not None
 
 
 def _as_stored(spec: AdapterSpec, factors: Sequence[Factors]) -> dict[str, Tensor]:

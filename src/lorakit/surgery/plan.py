@@ -80,12 +80,12 @@ class Plan:
     @property
     def parameters(self) -> int:
         """How many parameters the adapter trains."""
-        rows = sum(spec.parameters for spec in self.specs) + sum(spec.parameters for spec in self.tokens)
+        rows = sum(spec.trained for spec in self.specs) + sum(spec.parameters for spec in self.tokens)
         return rows + self.saved_parameters + self.bias_parameters
 
     @property
     def bytes(self) -> int:
-        """How many bytes those take, in memory and (but for the header) on disk."""
+        """How many bytes the adapter takes, in memory and (but for the header) on disk, with what is never trained."""
         rows = sum(spec.bytes for spec in self.specs) + sum(spec.bytes for spec in self.tokens)
         return rows + self.saved_bytes + self.bias_bytes
 
@@ -93,7 +93,7 @@ class Plan:
         width = max((len(spec.path) for spec in self.specs), default=0)
         rows = [
             f"{spec.path:<{width}}  {spec.kind:<9} in {spec.shape[1]:>6}  out {spec.shape[0]:>6}  r {spec.r:>4}"
-            f"  scaling {spec.scaling:g}  {spec.parameters:>10,} parameters"
+            f"  scaling {spec.scaling:g}  {spec.trained:>10,} parameters"
             for spec in self.specs
         ]
         rows += [f"{path}  trained whole" for path in self.modules_to_save]

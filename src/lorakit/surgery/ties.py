@@ -71,8 +71,11 @@ def find_ties(
 
 def _find(description: Description) -> list[str]:
     """The paths of all modules that share the embedding's weight, first the embedding's; none if it is not shared."""
-    modules = {path: node.module for path, node in description.nodes.items()}
-    weights = {path: _weight(node) for path, node in description.nodes.items()}
+    nodes = [
+        node for node in description.nodes.values() if isinstance(node.module, (nn.Embedding, nn.Linear))
+    ]
+    modules = {node.path: node.module for node in nodes}
+    weights = {node.path: _weight(node) for node in nodes}
     for path, wrapper in description.saved.items():
         modules[path] = wrapper.original_module
         weights[path] = wrapper.original_module._parameters.get("weight")

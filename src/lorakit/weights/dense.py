@@ -59,6 +59,8 @@ class DenseCodec:
     def layout(self, base: nn.Module) -> Layout:
         """From the weight itself; Conv1D and embeddings store (in, out)."""
         weight = self._weight(base)
+        if type(base) is nn.Linear:
+            return matrix_layout(*weight.shape)
         if isinstance(base, CONVOLUTIONS):
             out, _, *kernel = weight.shape
             return Layout(out, (base.in_channels, *kernel), groups=base.groups)
@@ -146,7 +148,8 @@ class DenseCodec:
 
     @staticmethod
     def _bias(base: nn.Module) -> nn.Parameter | None:
-        bias = getattr(base, "bias", None)  # an embedding has none
+        held = base._parameters
+        bias = held["bias"] if "bias" in held else getattr(base, "bias", None)  # an embedding has none
         assert bias is None or isinstance(bias, torch.Tensor)
         return cast("nn.Parameter | None", bias)
 
