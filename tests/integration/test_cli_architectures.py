@@ -90,12 +90,12 @@ def test_doctor_and_estimate_and_inspect_agree(case):
     report = as_json("inspect", root / "a", "--html", root / "a.html")
     assert (report["digest"], report["dead"], report["non_finite"]) == ("fits", [], [])
     assert (root / "a.html").stat().st_size > 10_000
-    if kind.parameters is None:  # which the command line has no option for
-        targets = [word for name in kind.targets for word in ("-t", name)]
-        options = ["--r", 4, "--task", kind.task, "--seq", 8, "--dtype", "float32"]
-        told = as_json("estimate", root / "base", *targets, *options)
-        assert told["trainable_parameters"] == report["parameters"]
-        assert told["adapter_bytes"] == report["bytes"]
+    targets = [word for name in kind.targets for word in ("-t", name)]
+    targets += [word for name in kind.parameters or () for word in ("--target-parameter", name)]
+    options = ["--r", 4, "--task", kind.task, "--seq", 8, "--dtype", "float32"]
+    told = as_json("estimate", root / "base", *targets, *options)
+    assert told["trainable_parameters"] == report["parameters"]
+    assert told["adapter_bytes"] == report["bytes"]
 
 
 def test_a_merge_and_the_way_back(case):

@@ -26,6 +26,14 @@ Targets = Annotated[
         rich_help_panel=_PANEL,
     ),
 ]
+Parameters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--target-parameter",
+        help="Name of parameters to adapt, such as experts.gate_up_proj, several times.",
+        rich_help_panel=_PANEL,
+    ),
+]
 Whole = Annotated[
     list[str] | None,
     typer.Option("--modules-to-save", help="Name of modules to train whole.", rich_help_panel=_PANEL),

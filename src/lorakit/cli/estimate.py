@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from lorakit.cli.adapter_options import Alpha, Dora, Rank, Rslora, Targets, Task, Whole, config_of
+from lorakit.cli.adapter_options import Alpha, Dora, Parameters, Rank, Rslora, Targets, Task, Whole, config_of
 from lorakit.cli.output import AsJson, console_for, escaped, print_json
 from lorakit.estimating.estimate import estimate as library_estimate
 
@@ -20,6 +20,7 @@ def estimate(
     r: Rank = 16,
     alpha: Alpha = None,
     target: Targets = None,
+    target_parameter: Parameters = None,
     modules_to_save: Whole = None,
     dora: Dora = False,
     rslora: Rslora = False,
@@ -43,7 +44,16 @@ def estimate(
     Example: lorakit estimate Llama-3.1-8B --r 16 --batch 4 --seq 2048 --quantization nf4 --gradient-checkpointing
     """
     console = console_for(as_json=as_json)
-    config = config_of(r, alpha, target, modules_to_save, task, use_dora=dora, use_rslora=rslora)
+    config = config_of(
+        r,
+        alpha,
+        target,
+        modules_to_save,
+        task,
+        target_parameters=list(target_parameter) if target_parameter else None,
+        use_dora=dora,
+        use_rslora=rslora,
+    )
     result = library_estimate(
         model,
         config,

@@ -125,9 +125,8 @@ class _Tracker(TorchDispatchMode):
     ) -> Any:  # the signature is torch's
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
             return True  # models ask whether nothing is padded, and whether nothing is packed
-        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
-            halves = [arg.bfloat16() for arg in args[:2]]  # the only dtype that its meta kernel knows
-            output = torch.empty_like(func(*halves, *args[2:], **(kwargs or {})), dtype=args[0].dtype)
+        if func is torch.ops.aten._grouped_mm.default:
+            output = _grouped_product(*args, **(kwargs or {}))
             self._note(output, _storage(output))
             return output
         given = {id(storage) for storage in map(_storage, _tensors((args, kwargs or {})))}
@@ -150,6 +149,15 @@ class _Tracker(TorchDispatchMode):
         """A gradient of a parameter is no activation."""
         if parameter.grad is not None:
             self._live.drop(id(_storage(parameter.grad)))
+
+
+def _grouped_product(
+    a: Tensor, b: Tensor, offsets: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None
+) -> Tensor:
+    """What `torch._grouped_mm` gives; its own kernel for meta tensors knows but one dtype, and no small ranks."""
+    del bias
+    groups = [] if a.dim() != b.dim() else [a.shape[0] if offsets is None else len(offsets)]
+    return a.new_empty((*groups, a.shape[-2], b.shape[-1]), dtype=out_dtype or a.dtype)
 
 
 def _storage(tensor: Tensor) -> Any:

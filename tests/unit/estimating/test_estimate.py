@@ -107,6 +107,15 @@ def test_parts_are_those_of_a_real_step(kind, checkpointing, dtype):
     check(found, model, kind)
 
 
+def test_parts_of_adapters_on_experts():
+    lora = adapter(
+        r=2, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+    )
+    config = config_of("mixtral", num_local_experts=4)
+    found = lorakit.estimate(config, lora, batch=BATCH, seq=SEQ, dtype="float32")
+    check(found, lorakit.get_peft_model(AutoModelForCausalLM.from_config(config), lora).train(), "llama")
+
+
 def test_parts_of_an_encoder_without_a_loss():
     lora = adapter(task_type="FEATURE_EXTRACTION")
     found = lorakit.estimate(config_of("bert"), lora, batch=BATCH, seq=SEQ, dtype="float32")
