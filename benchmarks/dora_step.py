@@ -95,7 +95,8 @@ def block(dtype: torch.dtype, dropout: float, *, quick: bool) -> tuple[Row, dict
     row = interleave(
         f"Llama d={size.hidden} L={size.layers}, {kind}, p={dropout:g}",
         {name: step(model, ids) for name, model in models.items()},
-        rounds=3 if quick else 15,
+        rounds=2 if quick else 15,
+        warmup=1 if quick else 3,
     )
     return row, {name: saved_bytes(model, ids) / MIB for name, model in models.items()}
 
@@ -169,14 +170,18 @@ def show(row: Row) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a smaller Llama, layers of 1024, few rounds")
+    parser.add_argument(
+        "--quick", action="store_true", help="one dtype, a smaller Llama, layers of 1024, few rounds"
+    )
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
     fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     dtypes = [torch.float32, torch.bfloat16] if fast else [torch.float32]
+    if quick:
+        dtypes = dtypes[-1:]
     print(f"{'DoRA':<38}{'ms':>10}{'/ our LoRA':>14}{'PEFT / ours':>18}{'PEFT LoRA / ours':>18}")
     rows, memory = [], {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dtypes if quick else (torch.float32, torch.bfloat16):
         for dropout in (0.0,) if quick else (0.0, 0.05):
             row, saved = block(dtype, dropout, quick=quick)
             show(row)

@@ -255,7 +255,8 @@ TABLES = {
     "merge_disk": Table(
         "merge_disk",
         "merged",
-        {
+        {"base, MB": lambda row, _: _maybe(row.get("base_megabytes"))}
+        | {
             f"{words}: {side}": part(side, field)
             for field, words in (("seconds", "wall, s"), ("cpu", "CPU, s"), ("megabytes", "memory, MB"))
             for side in ("lorakit", "PEFT")
