@@ -141,6 +141,12 @@ class AdapterSpec:
         return 0 if self.tied_to else sum(math.prod(shape) for shape in self.shapes.values())
 
     @property
+    def trained(self) -> int:
+        """How many of those are trained."""
+        frozen = [] if self.tied_to else [shape for part, shape in self.shapes.items() if part in self.frozen]
+        return self.parameters - sum(map(math.prod, frozen))
+
+    @property
     def bytes(self) -> int:
-        """How many bytes those parameters take."""
+        """How many bytes all of them take."""
         return self.parameters * self.dtype.itemsize

@@ -8,6 +8,7 @@ from torch import nn
 
 from lorakit import get_peft_model
 from lorakit.api import plan
+from lorakit.config import VeloraConfig
 from lorakit.errors import PlanError
 from lorakit.layers import LoraLayer
 from lorakit.surgery import describe, make_plan
@@ -161,6 +162,25 @@ def test_the_plan_is_what_is_made_and_planning_touches_nothing(changes, dtype):
         layer = peft.base_model.registry.layers[spec.path]
         assert (layer.r["default"], layer.scaling["default"]) == (spec.r, spec.lora_alpha / spec.r)
         assert layer.lora_A["default"].weight.dtype == spec.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"init_lora_weights": "mica"},
+        {"velora_config": VeloraConfig(num_groups=2)},
+        {"use_dora": True},
+        {"modules_to_save": ["head"], "init_lora_weights": "mica"},
+    ],
+    ids=str,
+)
+def test_the_plan_counts_as_trained_what_is_trained(changes):
+    """MiCA's B and VeLoRA's direction are the adapter's, in its bytes, and never trained."""
+    model, wanted = tiny(), config(**changes)
+    made = plan(model, wanted)
+    peft = get_peft_model(model, wanted)
+    assert made.parameters == peft.get_nb_trainable_parameters()[0]
+    assert made.bytes == sum(item.tensor.nbytes for item in peft.base_model.registry.tensors("default"))
 
 
 def test_a_plan_reads_as_a_table():
