@@ -27,7 +27,9 @@ _PANELS: dict[str, dict[str, _Option]] = {
         "output": _Option("Folder to write.", ("--output", "-o")),
     },
     "Data": {
-        "data": _Option("JSONL rows: text; prompt and completion; messages; or text and label."),
+        "data": _Option(
+            "JSONL rows: text; prompt and completion; messages; or text and label. Or a data set: owner/name."
+        ),
         "eval_data": _Option("JSONL rows to judge by."),
         "eval_share": _Option("Share of the rows to hold out and judge by."),
         "task": _Option("CAUSAL_LM or SEQ_CLS; default as the rows say."),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lorakit.config import TaskType, strict_json
 from lorakit.errors import AdapterError, AdapterFormatError, AdapterNotFoundError, ConfigError, bullet_list
+from lorakit.training.tables import names_data_set, read_data_set
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Callable, Mapping, Sequence
 
 Row = dict[str, Any]
@@ -64,16 +65,20 @@ KINDS = (CLASSES, CHAT, PAIRS, TEXTS)  # the first whose fields a row has
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[Row]:
-    """The rows of a JSONL file: one JSON object a line; empty lines are passed over.
+    """The rows of a JSONL file: one JSON object a line; empty lines are passed over. Or of a data set (`tables`).
 
     Raises:
-        AdapterNotFoundError: there is no such file.
+        AdapterNotFoundError: there is no such file or data set.
         AdapterFormatError: a line is no JSON object, or there is none; names the lines.
+        UnsupportedError: a data set is named, and datasets is not installed.
     """
     file = Path(path).expanduser()
+    if not file.is_file() and names_data_set(os.fspath(path)):
+        rows = read_data_set(os.fspath(path))
+        return _some(rows, path)
     if not file.is_file():
         raise AdapterNotFoundError(f"{file}: no such file; wanted JSONL, one JSON object a line")
-    rows: list[Row] = []
+    rows = []
     wrong: list[str] = []
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -92,8 +97,12 @@ def read_rows(path: str | os.PathLike[str]) -> list[Row]:
                 break
     if wrong:
         raise AdapterFormatError(bullet_list(f"{file}: not JSONL", wrong))
+    return _some(rows, file)
+
+
+def _some(rows: list[Row], path: str | os.PathLike[str]) -> list[Row]:
     if not rows:
-        raise AdapterFormatError(f"{file}: no rows in it")
+        raise AdapterFormatError(f"{path}: no rows in it")
     return rows
 
 

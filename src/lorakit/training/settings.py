@@ -40,7 +40,8 @@ class TrainConfig:
     Args:
         model: folder of the base, or a repository of the hub.
         output: folder for the adapter, its checkpoints and the report.
-        data: a JSONL file of rows: {"text"}, {"prompt", "completion"}, {"messages"}, or {"text", "label"}.
+        data: a JSONL file of rows: {"text"}, {"prompt", "completion"}, {"messages"}, or {"text", "label"}. Or a data set
+            of the `datasets` package with such columns: a folder, or owner/name on the hub; ":split" may follow.
         eval_data: another one to judge by.
         eval_share: without `eval_data`, the share of the rows that is held out to judge by, from 0 to 0.5.
         task: "CAUSAL_LM" or "SEQ_CLS"; None reads it off the rows.
