@@ -212,11 +212,11 @@ def olora(size: int) -> Sides:
 LEFT, APART = "of the weight's norm is left", "from the best of its rank"
 CASES = [
     Case("LoftQ, 4 bits, 1 step, 1024x1024", lambda: loftq(1024, 1), LEFT),
-    Case("LoftQ, 4 bits, 4 steps, 1024x1024", lambda: loftq(1024, 4), LEFT, rounds=7),
+    Case("LoftQ, 4 bits, 4 steps, 1024x1024", lambda: loftq(1024, 4), LEFT, rounds=7, quick=False),
     Case("LoftQ, 4 bits, 1 step, 4096x4096", lambda: loftq(4096, 1), LEFT, rounds=3, large=True),
     Case("PiSSA, 1024x1024", lambda: pissa(1024, "pissa", 0.0), APART),
     Case("PiSSA, 4096x4096", lambda: pissa(4096, "pissa", 0.0), APART, rounds=3, large=True),
-    Case("PiSSA, pissa_niter_16, 1024x1024", lambda: pissa(1024, "pissa_niter_16", 0.5), APART),
+    Case("PiSSA, pissa_niter_16, 1024x1024", lambda: pissa(1024, "pissa_niter_16", 0.5), APART, quick=False),
     Case("OLoRA, 1024x1024", lambda: olora(1024), "from the decomposition in fp64", rounds=15),
     Case("OLoRA, 4096x4096", lambda: olora(4096), "from the decomposition in fp64", rounds=3, large=True),
     Case(

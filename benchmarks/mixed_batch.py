@@ -226,7 +226,8 @@ def models(quick: bool) -> list[Row]:
     )
     cases = [(64, 8, 1)] if quick else [(64, 8, 1), (64, 32, 1), (1024, 8, 1), (1024, 32, 1), (1024, 8, 64)]
     rows = []
-    for dtype in dict.fromkeys(base for base, _ in DTYPES):
+    dtypes = list(dict.fromkeys(base for base, _ in DTYPES))
+    for dtype in dtypes[-1:] if quick else dtypes:
         for width, adapters, tokens in cases:
             row = whole_model(width, adapters, dtype, tokens, rounds=5 if quick or tokens > 1 else 15)
             rows.append(row)
@@ -242,7 +243,9 @@ def models(quick: bool) -> list[Row]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one token a sample, few rounds")
+    parser.add_argument(
+        "--quick", action="store_true", help="one token a sample, one dtype of the model, few rounds"
+    )
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
     rows = layers(quick) + models(quick)
