@@ -33,8 +33,14 @@ _DECODE = (
     "torch's bf16 products alone leave no more on this machine: see "
     "[what a decode step can gain at most](#what-a-decode-step-can-gain-at-most)"
 )
-_FLAGS = "the `requires_grad` flag of every adapter's parameters is looked at, since somebody may have set it by hand"
-_MODULES = "of 37 ms planning takes 8, the first values 8, and layers with their modules and parameters 15; a prototype without checks took 12"
+_FLAGS = (
+    "every adapter's parameters are read from their modules and their `requires_grad` flags looked at, since somebody may "
+    "have changed either by hand; that is three quarters of the time, spent waiting for memory"
+)
+_MODULES = (
+    "planning takes a quarter, the first values a fifth, and layers with their modules and parameters two fifths, half of "
+    "which are torch's empty containers; a prototype without checks took 12 ms"
+)
 _FILE = (
     "of 19 ms reading with the digest and the checks of header and finiteness takes 8 (SHA-256 alone 2), planning 5, "
     "modules 6; the ratio asks for 14"
