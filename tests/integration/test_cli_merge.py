@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from lorakit import LoraConfig, PeftModel, get_peft_model
+from lorakit.checkpoint.reading import open_adapter
 from lorakit.checkpoint.writing import write_adapter
 from lorakit.cli.app import app
 from lorakit.demo.model import model_folder
@@ -118,6 +119,24 @@ def test_notes_are_told(root):
     save_base(tiny_llama(tie=True), root / "tied")
     result = run(root / "tied", root / "adapter", "-o", root / "out")
     assert "note: lm_head.weight: tied no more" in result.stdout
+
+
+def test_a_head_that_the_base_lacks_says_how_many_labels_it_has(tmp_path):
+    sizes = {"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(intermediate_size=24, num_labels=3, **sizes)
+    model = transformers.BertForSequenceClassification(config).eval()
+    model.bert.config.num_labels = 2  # what the config of an encoder alone says
+    save_base(model.bert, tmp_path / "base")
+    lora = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    save_adapter(model, lora, tmp_path / "adapter")
+    told = run(tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "out")
+    assert (
+        "classifier.weight: the base has none; the adapter's own is added; load the model with num_labels=3"
+        in (" ".join(told.stdout.split()))
+    )
+    loaded = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "out", num_labels=3)
+    own = open_adapter(tmp_path / "adapter").load()
+    assert loaded.classifier.weight.equal(own["base_model.model.classifier.weight"])
 
 
 def _cut(root):

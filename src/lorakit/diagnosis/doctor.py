@@ -38,6 +38,10 @@ _REPEATS = frozenset({"pissa", "olora"})
 _STOPS = frozenset({"git-lfs-pointer", "in-subfolder", "no-weights", "foreign-format", "unreadable"})
 
 
+_UNFIT = frozenset({"factors", "zero-size"})
+"""Findings with which an adapter fits no base, so that nothing can be said of the one given."""
+
+
 def doctor(adapter: str | os.PathLike[str], base: Any = None) -> list[Finding]:
     """Find out whether an adapter would load, into what, and what is odd about it.
 
@@ -84,11 +88,12 @@ def _examine(folder: Path, base: Any) -> Iterator[Finding]:
     yield from problems
     if config is None:
         return
-    if not any(finding.level == "error" for finding in names):
-        yield from shape_findings(file, config)
+    sound = not any(finding.level == "error" for finding in names)
+    shapes = list(shape_findings(file, config)) if sound else []
+    yield from shapes
     yield from number_findings(file, config)
     yield from serving_findings(config, ranks_of(sorted_shapes(file)))
-    if base is not None and not any(finding.level == "error" for finding in names):
+    if base is not None and sound and not any(finding.check in _UNFIT for finding in shapes):
         yield from fit_findings(file, config, base)
 
 

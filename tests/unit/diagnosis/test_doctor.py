@@ -361,3 +361,11 @@ def test_what_is_not_there_is_an_error(tmp_path):
     saved(tmp_path / "a")
     with pytest.raises(AdapterNotFoundError, match="no such folder"):
         lorakit.doctor(tmp_path / "a", tmp_path / "none")
+
+
+def test_a_config_of_another_rank_is_not_blamed_on_the_base(tmp_path, bases):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    refielded(folder, r=2)
+    found = {finding.check for finding in lorakit.doctor(folder, bases / "plain") if finding.level == "error"}
+    assert found == {"factors"}

@@ -217,7 +217,8 @@ class Gathering:
         weight = Weight(name, info.shape, self._new_dtype or info.dtype, ())
         if name not in {other.name for other in self.gathered.added}:
             self.gathered.added.append(weight)
-            self.gathered.notes.append(f"{name}: the base has none; the adapter's own is added")
+            labels = f"; load the model with num_labels={info.shape[0]}" * _is_labelling(adapter, info.shape)
+            self.gathered.notes.append(f"{name}: the base has none; the adapter's own is added{labels}")
         return weight
 
     def _is_copy(self, adapter: AdapterParts, key: str, weight: Weight) -> bool:
@@ -307,6 +308,11 @@ class Gathering:
             mismatched=wrong,
             hint=" ".join(hints),
         )
+
+
+def _is_labelling(adapter: AdapterParts, shape: tuple[int, ...]) -> bool:
+    """Whether a head's tensor has a row for each label, of which a base without a head says nothing."""
+    return adapter.config.task_type in {"SEQ_CLS", "TOKEN_CLS"} and len(shape) == 2
 
 
 def _saved_paths(adapter: AdapterParts, name: str) -> Iterator[str]:
