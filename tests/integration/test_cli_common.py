@@ -6,8 +6,10 @@ import json
 import os
 import pty
 import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -73,6 +75,24 @@ def test_help_has_a_worked_example_of_options_that_exist(verb):
     options = re.findall(r"(?<= )--?[a-z][a-z-]*", example[1].partition(" ╭")[0])
     known = {flag for each in typer.main.get_command(app).commands[verb].params for flag in each.opts}
     assert not set(options) - known
+
+
+ROOT = Path(__file__).parents[2]
+WRITTEN = sorted(
+    {
+        line.removeprefix("$ lorakit ")
+        for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+        for line in page.read_text().splitlines()
+        if line.startswith("$ lorakit ")
+    }
+)
+
+
+@pytest.mark.parametrize("written", WRITTEN)
+def test_calls_in_the_docs_are_calls(written):
+    verb, *arguments = shlex.split(written)
+    typer.main.get_command(app).commands[verb].make_context(verb, arguments)  # raises a UsageError
+    assert verb in VERBS
 
 
 @pytest.mark.parametrize("verb", VERBS)
