@@ -21,7 +21,7 @@ LAWS = {
     "step": ("training step", "rank"),
     "attach": ("get_peft_model", "layers of the model"),
     "mixed": ("mixed batch, one layer", "adapters"),
-    "merge": ("merge in place", "width of the weight"),
+    "merge and unload": ("merge in place", "width of the weight"),
 }
 COLOURS = {"lorakit": "#1f77b4", "PEFT": "#d62728"}
 FLOOR = "#7f7f7f"

@@ -266,7 +266,7 @@ TABLES = {
     "scaling_rank": Table("scaling", "step", FROZEN, "step,*"),
     "scaling_layers": Table("scaling", "attach", PAIR, "attach,*"),
     "scaling_adapters": Table("scaling", "mixed batch", PAIR, "mixed,*"),
-    "scaling_merge": Table("scaling", "merge", {**PAIR, "lorakit / pass": over("pass")}, "merge,*"),
+    "scaling_merge": Table("scaling", "merge", {**PAIR, "lorakit / pass": over("pass")}, "merge*"),
 }  # fmt: skip
 
 

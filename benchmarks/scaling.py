@@ -92,9 +92,13 @@ def mixed_of_adapters(adapters: int, rounds: int) -> list[Row]:
 
 
 def merge_of_size(width: int, rounds: int) -> list[Row]:
-    """Merging into one square weight: for good, and so that it can be undone, which is done outside of the timing."""
-    dtypes = torch.float32, torch.bfloat16
-    return [_merge(width, dtype, rounds, for_good=for_good) for for_good in (False, True) for dtype in dtypes]
+    """`merge_adapter` into one square weight, which can be undone."""
+    return [_merge(width, dtype, rounds, for_good=False) for dtype in (torch.float32, torch.bfloat16)]
+
+
+def unload_of_size(width: int, rounds: int) -> list[Row]:
+    """`merge_and_unload` into one square weight."""
+    return [_merge(width, dtype, rounds, for_good=True) for dtype in (torch.float32, torch.bfloat16)]
 
 
 def _merge(width: int, dtype: torch.dtype, rounds: int, *, for_good: bool) -> Row:
@@ -149,12 +153,13 @@ LAWS = (
     Law("attach", attach_of_layers, (4, 8, 16, 32, 64), (4, 8), 7),
     Law("mixed", mixed_of_adapters, (1, 2, 4, 8, 16, 32, 64), (1, 16), 40),
     Law("merge", merge_of_size, (256, 512, 1024, 2048, 4096), (256, 1024), 9),
+    Law("merge and unload", unload_of_size, (256, 512, 1024, 2048, 4096), (256, 1024), 9),
 )
 
 
 def point(law: str, size: int, row: Row) -> Mapping[str, object]:
     """Where a row stands in its plot; merges have a line for each dtype."""
-    return {"law": law, "x": size, "group": row.name.rpartition(", ")[2] if law == "merge" else ""}
+    return {"law": law, "x": size, "group": row.name.rpartition(", ")[2] if law.startswith("merge") else ""}
 
 
 def main() -> None:
