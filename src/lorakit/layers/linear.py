@@ -28,11 +28,11 @@ from lorakit.ops.fused import is_frozen_base
 from lorakit.weights.dense import conv1d_class
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from lorakit.layers.chosen import Chosen
     from lorakit.layers.together import Group
-    from lorakit.variants import Held
+    from lorakit.variants import Call, Held
     from lorakit.weights import WeightCodec
 
 
@@ -80,8 +80,9 @@ class Linear(LoraLayer):
             output: Tensor = self.base_layer(x, *args, **kwargs)
             return output
         factors, varied = parted(self, route)
-        if varied and len(route) == 1:
-            found = self._finished(varied[0], args, kwargs, x)
+        finish = self._finish(route) if varied else None
+        if finish is not None:
+            found = self._finished(route[0], finish, args, kwargs, x)
             if found is not None:
                 return found
         terms = self._terms(factors)
@@ -138,26 +139,36 @@ class Linear(LoraLayer):
         return lora_add(self._given_away(y), x, terms) if terms else y
 
     def plain_terms(self) -> Sequence[Term] | None:
-        """What acts on the layer now, if that is a sum of terms on a base that may be computed around; else None."""
+        """What acts on the layer now, if a sum of terms on a base that may be computed around comes first; else None."""
         route, by_sample = self.acting()
         base = self.base_layer
         if by_sample is not None or self.token_adapter is not None or type(base) is not self._fused_type:
             return None
         factors, varied = parted(self, route)
-        return None if varied or is_observed(base) or is_observed(self) else self._terms(factors)
+        if is_observed(base) or is_observed(self) or (varied and self._finish(route) is None):
+            return None
+        return self._terms(factors or varied)
 
     def is_frozen(self, x: Tensor) -> bool:
         """Whether the base gets no gradient of its own, and has the dtype of x."""
         base = cast("nn.Linear", self.base_layer)
         return is_frozen_base(x, base.weight, base.bias)
 
-    def _finished(
-        self, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], x: Tensor
-    ) -> Tensor | None:
+    def _finish(self, route: Sequence[str]) -> Callable[[Tensor, Call], Tensor] | None:
         """What the only acting adapter makes of the plain sum, where its variant is no more than that; else None."""
-        finish = self.variants[name].finish
-        if finish is None or acting_rate(self.lora_dropout[name]):
+        if len(route) != 1 or acting_rate(self.lora_dropout[route[0]]):
             return None
+        return self.variants[route[0]].finish
+
+    def _finished(
+        self,
+        name: str,
+        finish: Callable[[Tensor, Call], Tensor],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        x: Tensor,
+    ) -> Tensor | None:
+        """The plain sum of one adapter, finished; None if a module of its must be called."""
         terms = self._terms([name])
         if terms is None:
             return None

@@ -105,6 +105,7 @@ CASES = {
     "plain": {},
     "rank-stabilised, a bias of B": {"use_rslora": True, "lora_bias": True},
     "scalings that differ": {"alpha_pattern": {"v_proj": 5}},
+    "DoRA": {"use_dora": True},
 }
 
 
@@ -308,9 +309,35 @@ def test_dropout_is_each_layers_own(shares):
     assert shares == [3]
 
 
-def test_merged_disabled_and_varied_layers_compute_alone(shares):
+def test_layers_whose_variants_add_other_sums_compute_alone(shares):
+    fields = {
+        "use_bdlora": {"nblocks": 2, "target_modules_bd_a": ["o_proj"], "target_modules_bd_b": NAMES[:3]}
+    }
+    step(make(**fields))
+    assert shares == []
+
+
+def test_dora_with_another_adapter_or_dropout_computes_alone(shares):
+    step(make(use_dora=True, lora_dropout=0.5))
     peft = make(use_dora=True)
+    peft.add_adapter("other", LoraConfig(r=3, target_modules=NAMES))
+    peft.base_model.set_adapter(["default", "other"])
     step(peft)
+    assert shares == []
+
+
+def test_dora_on_one_of_them_shares_with_plain_layers(shares):
+    peft = make()
+    peft.add_adapter("other", LoraConfig(r=3, target_modules=["q_proj"], use_dora=True))
+    randomise(peft)
+    peft.set_adapter("other")
+    layer = peft.base_model.model.k_proj
+    layer.set_adapter("default")
+    assert_same(step(peft), step(alone(peft)))
+    assert shares == [2]
+
+
+def test_merged_and_disabled_layers_compute_alone(shares):
     peft = make()
     with peft.disable_adapter():
         step(peft)
