@@ -57,11 +57,11 @@ _CHECKED = (
     "besides one product into the weight, all weights are read once before the first is written, so that NaN or infinity "
     "changes nothing"
 )
-_SMALL = "lorakit's memory does not grow with the base, and this base is smaller than the one of 2.6 GB that the ratio was set for"
 _NORMS = (
-    "our plain LoRA alone would give 9.1; the norms' product with the weight and the passes over output and gradient "
-    "that the magnitude needs take the rest"
+    "the products with the weight, which both sides have, took twice as long in this run as in another, where it was 7.1; "
+    "there our plain LoRA alone would have given 9.1, and the norms and the magnitude's gradient take the rest"
 )
+_BASE = "PEFT's step takes 1.65 times the base's here, so 1.15 over the base, what was wanted beside, leaves no more"
 _NF4 = (
     "PEFT's step of 2816 x 1024 takes 1.9 to 2.2 times that of the bare nf4 base, which is nearly all that could be "
     "gained, and the adapter's six thin products and the sum of two gradients of x remain"
@@ -77,7 +77,7 @@ TARGETS = (
     Target("training step, fp32, dropout", "train_step", "fp32, p=0.05, d=1024*[0-9]", 1.13),
     Target("kept for backward, bf16", "train_step", "bf16 base, fp32 adapters, p=0, d=1024*kept for backward", 1.55),
     Target("one layer, bf16, 1024 x 1024", "one_layer", "1024 x 1024, bf16, *lora_linear", 2.0),
-    Target("one layer, bf16, 4096 x 4096", "one_layer", "4096 x 4096, bf16, *lora_linear", 1.5),
+    Target("one layer, bf16, 4096 x 4096", "one_layer", "4096 x 4096, bf16, *lora_linear", 1.5, why=_BASE),
     Target("QLoRA layer, nf4", "one_layer", "*1024, nf4*", 2.0, why=_NF4),
     Target("mixed batch, decode, 8 adapters, bf16", "mixed_batch", "bf16, d=1024, 8 adapters, 8x1 tokens", 2.0, why=_DECODE),
     Target("mixed batch, decode, 32 adapters, bf16", "mixed_batch", "bf16, d=1024, 32 adapters, 32x1 tokens", 4.0, why=_DECODE),
@@ -86,10 +86,7 @@ TARGETS = (
     Target("svd of two adapters, 4096 x 4096", "combine_svd", "svd, 2 x r=16, 4096x4096", 1000.0),
     Target("svd of two adapters, 1024 x 1024", "combine_svd", "svd, 2 x r=16, 1024x1024", 200.0),
     Target("PiSSA, 4096 x 4096", "init", "PiSSA, 4096x4096", 40.0),
-    Target(
-        "OLoRA, 4096 x 4096", "init", "OLoRA, 4096x4096", 150.0,
-        why="without a copy of the weight, which these figures still have, it takes 18 ms, and 16 of them are one product",
-    ),
+    Target("OLoRA, 4096 x 4096", "init", "OLoRA, 4096x4096", 150.0),
     Target("LoftQ, 4 bits, 4096 x 4096", "init", "LoftQ, 4 bits, 1 step, 4096x4096", 10.0),
     Target("merging for good, fp32, 4096 x 4096", "scaling", "merge and unload, 4096 x 4096, fp32", 9.0, why=_CHECKED),
     Target("merging for good, bf16, 4096 x 4096", "scaling", "merge and unload, 4096 x 4096, bf16", 9.0, why=_CHECKED),
@@ -104,6 +101,6 @@ TARGETS = (
     Target("set_adapter, of 12", "attach_many", "set_adapter, of 12", 50.0, why=_FLAGS),
     Target("hotswap", "hotswap", "r=16 and r=16, 32 layers", 8.0, why=_SWAP),
     Target("import, over torch", "importing", "import, over torch", 60.0),
-    Target("merging on disk, memory", "merge_disk", "all linear layers, * MB, memory", 50.0, why=_SMALL),
+    Target("merging on disk, memory", "merge_disk", "all linear layers, * MB, memory", 50.0),
     Target("merging on disk, CPU time", "merge_disk", "all linear layers, * MB, CPU time", 2.5),
 )  # fmt: skip
