@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -24,5 +25,7 @@ print((kibibytes("VmHWM") - before) / 1024)
 def megabytes_of(imports, call):
     """The most that a call held at any time above what the process held after its imports; Linux only."""
     program = _PROGRAM.format(imports=imports, call=call)
-    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # each further thread has heaps of its own
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     return float(done.stdout.splitlines()[-1])
