@@ -151,5 +151,4 @@ def test_memory_is_a_few_tensors_and_not_the_model(tmp_path):
         f"extract({str(tmp_path / 'base')!r}, {str(tmp_path / 'tuned')!r}, {str(tmp_path / 'out')!r}, rank=2)"
     )
     imports = "from lorakit import extract\nfrom transformers import LlamaForCausalLM"
-    # two models are 258; 74 to 116 were seen, half of them code
-    assert 8 < megabytes_of(imports, call) < 160
+    assert 8 < megabytes_of(imports, call) < 110  # 74 were seen, half of them code
