@@ -15,6 +15,7 @@ from lorakit.hotswap.exchange import Exchange, quietly
 from lorakit.hotswap.newcomer import Newcomer
 from lorakit.hotswap.room import is_compiled
 from lorakit.loading import HubOptions, LoadOptions, read_adapter
+from lorakit.ops import is_finite
 from lorakit.padding import Entry, first_ranks, rank_of
 from lorakit.state_dict import registry_of
 from lorakit.surgery import make_plan
@@ -111,7 +112,7 @@ def _loaded(
         if given is None or not entry.state_name:  # another tensor's, seen from a tied module
             continue
         value = given.to(entry.tensor.device, entry.tensor.dtype)
-        if value.dtype != given.dtype and not value.isfinite().all():
+        if value.dtype != given.dtype and not is_finite(value):
             bad.append(f"{name} in {value.dtype}")
         values.append((entry, value))
     if bad:
