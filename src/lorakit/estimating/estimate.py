@@ -212,10 +212,8 @@ def _inputs(base: nn.Module, config: LoraConfig, batch: int, seq: int) -> dict[s
         return {"input_ids": ids, "labels": one}
     if task == TaskType.QUESTION_ANS:
         return {"input_ids": ids, "start_positions": one, "end_positions": one}
-    if (
-        "labels" not in signature(base.forward).parameters
-    ):  # an encoder alone: whatever follows it has the loss
-        return {"input_ids": ids}
+    if "labels" not in signature(base.forward).parameters:
+        return {"input_ids": ids}  # an encoder alone: whatever follows it has the loss
     return {"input_ids": ids, "labels": ids}
 
 

@@ -147,10 +147,8 @@ def _settings(
             )
         drops = meant == path and not isinstance(layer, ParamWrapper)
         if (r, alpha, drops) not in made:
-            scaling, dropout = (
-                scaling_of(r, alpha, rslora=config.use_rslora),
-                config.lora_dropout if drops else 0.0,
-            )
+            scaling = scaling_of(r, alpha, rslora=config.use_rslora)
+            dropout = config.lora_dropout if drops else 0.0
             made[r, alpha, drops] = Setting(r, alpha, config.use_rslora, scaling, dropout)
         found[path] = made[r, alpha, drops]
     return found

@@ -30,9 +30,8 @@ class Place(NamedTuple):
         """Let the owner hold a module there."""
         modules, kind = self.owner._modules, type(self.owner)
         if self.attribute in modules and kind.__setattr__ is nn.Module.__setattr__:
-            modules[self.attribute] = (
-                module  # setting the attribute would look through all else that it might be
-            )
+            # setting the attribute would look through all else that it might be
+            modules[self.attribute] = module
         else:
             setattr(self.owner, self.attribute, module)
 

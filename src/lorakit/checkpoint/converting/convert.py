@@ -63,8 +63,9 @@ def convert(
         output: the file or folder to write; `.safetensors` for "kohya", `.gguf` for "gguf", either for "diffusers".
         to: "peft", "diffusers", "kohya" (ComfyUI reads it too), "gguf", "mlx" or "torchtune".
         from_: the same, of the source; None looks.
-        base: a folder of the base, or a repository of the hub. "gguf" and "torchtune" need its config.json; "kohya" needs the headers of its
-            safetensors files, where it is neither SD 1.5 nor SDXL; "mlx" its config.json for embeddings and heads.
+        base: a folder of the base, or a repository of the hub. "gguf" and "torchtune" need its config.json; "kohya"
+            needs the headers of its safetensors files, where it is neither SD 1.5 nor SDXL; "mlx" its config.json for
+            embeddings and heads.
         component: of a pipeline: which model's adapter to take out of `source`, or which model a PEFT adapter is for
             ("unet", "text_encoder" ...).
         overwrite: replace what is in `output`.
